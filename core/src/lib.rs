@@ -1,0 +1,21 @@
+//! The lock manager of Interlock.
+//!
+//! Values in, values out: no host, no I/O, no clock, no randomness live here. What does: lock names and modes, the
+//! queue of one lock and the pure function that says who holds it, the table over a store, the global order, and
+//! the search for wait-for cycles. What must not: anything that knows of HTTP, Envoy, a wire format or a policy file.
+
+pub mod class;
+pub mod fence;
+pub mod id;
+pub mod mode;
+pub mod name;
+pub mod refusal;
+pub mod time;
+
+pub use class::{Class, Classes, Within};
+pub use fence::Fence;
+pub use id::{LeaseId, OwnerId, Rank, SessionId};
+pub use mode::Mode;
+pub use name::{LockName, NameError};
+pub use refusal::{Cause, Edge, Holder, Limit, Loss, Refusal};
+pub use time::{Duration, Time};
