@@ -1,3 +1,5 @@
 //! Interlock, the plugin: a lock manager that lives in the proxy.
 //!
 //! The rules about locks live in [`interlock_core`]; what the host is asked lives in `host`.
+
+pub mod host;

@@ -1,0 +1,308 @@
+//! What the plugin asks of its host: one trait, and the words it needs.
+//!
+//! Everything above this module is written against [`Host`], so that it runs natively over a fake proxy. Only
+//! `envoy` knows the ABI. What must not live here: anything about locks, policies or HTTP semantics.
+//!
+//! # Whose stream a call acts on
+//! Header, property, resume and reply calls act on the *effective* context: the stream whose callback runs, or none in
+//! a root callback (tick, queue). To act on another stream use `within` (on `dyn Host`), which
+//! enters it and leaves it again whatever the closure does. A reply sent while a root is effective hangs the stream.
+//! Replies and resumes take effect only after the running callback has returned, so they never call back into the
+//! plugin while it runs.
+
+#[cfg(target_arch = "wasm32")]
+pub mod envoy;
+#[cfg(test)]
+pub(crate) mod fake;
+
+use core::fmt;
+
+use interlock_core::{Duration, Time};
+
+/// A stream or a root of this VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ContextId(pub u32);
+
+/// A shared queue. The number is valid in every VM of the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct QueueId(pub u32);
+
+/// A metric as this process knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MetricId(pub u32);
+
+/// The version of a shared value. Changes with every write; never 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Cas(pub u32);
+
+/// What must be true of a shared value for a write to happen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expected {
+    /// Nothing was ever stored under the key.
+    Absent,
+    /// The value is still the one that was read with this version.
+    Version(Cas),
+}
+
+/// What came of a conditional write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Stored {
+    /// The value is stored.
+    Yes,
+    /// Somebody else wrote first; nothing is changed.
+    Conflict,
+}
+
+/// Which headers of the stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Headers {
+    /// Of the request. Readable in the request phase only, until it is resumed.
+    Request,
+    /// Of the response. Readable in the response phase only.
+    Response,
+}
+
+/// The kinds of metrics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum MetricKind {
+    /// Only rises.
+    Counter,
+    /// Rises and falls. One value for the whole process: add and subtract, never set.
+    Gauge,
+    /// A distribution.
+    Histogram,
+}
+
+/// How much a log line matters. Ordered: more important is greater.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Level {
+    /// Every step.
+    Trace,
+    /// For developers.
+    Debug,
+    /// Normal events.
+    Info,
+    /// Someone should look.
+    Warn,
+    /// Something failed.
+    Error,
+    /// The plugin cannot do its work.
+    Critical,
+}
+
+/// A local reply to a request.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Reply<'a> {
+    /// The HTTP status. A gRPC request gets 200 and [`Reply::grpc_status`].
+    pub status: u32,
+    /// For access logs (`%RESPONSE_CODE_DETAILS%`): a word without spaces.
+    pub details: &'a str,
+    /// Further headers. `content-length` is set by the host.
+    pub headers: &'a [(&'a str, &'a [u8])],
+    /// The body; of a gRPC reply, the `grpc-message`.
+    pub body: &'a [u8],
+    /// The gRPC status of the reply; only where the request is a gRPC request, for on others the host answers 200.
+    pub grpc_status: Option<u32>,
+}
+
+/// Why the host did not do what it was asked, in the words of the ABI (`WasmResult`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Status {
+    /// The thing named is not there.
+    NotFound,
+    /// The call makes no sense now: a context that is gone, headers out of their phase, an unknown metric or queue.
+    BadArgument,
+    /// The value cannot be brought into bytes.
+    SerializationFailure,
+    /// The argument could not be read.
+    ParseFailure,
+    /// Nothing in the queue.
+    Empty,
+    /// The version is another one by now.
+    CasMismatch,
+    /// Something in the host, or a capability that the configuration denies.
+    InternalFailure,
+    /// The host does not know this call.
+    Unimplemented,
+    /// Any other status, by its number.
+    Other(u32),
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Status::NotFound => f.write_str("not found"),
+            Status::BadArgument => f.write_str("bad argument"),
+            Status::SerializationFailure => f.write_str("serialization failure"),
+            Status::ParseFailure => f.write_str("parse failure"),
+            Status::Empty => f.write_str("empty"),
+            Status::CasMismatch => f.write_str("version mismatch"),
+            Status::InternalFailure => f.write_str("internal failure"),
+            Status::Unimplemented => f.write_str("unimplemented"),
+            Status::Other(number) => write!(f, "status {number}"),
+        }
+    }
+}
+
+/// A call that the host did not carry out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the host refused {call}: {status}")]
+pub struct HostError {
+    /// Which call: the method of [`Host`].
+    pub call: &'static str,
+    /// What the host said.
+    pub status: Status,
+}
+
+/// The proxy that the plugin runs in, as one VM sees it. Nothing here panics, and no status of the host is swallowed
+/// except where a method says so.
+pub trait Host {
+    /// The monotonic clock that all VMs of the process share, in microseconds since an origin that changes with the
+    /// machine's boot.
+    fn now(&self) -> Time;
+
+    /// The wall clock: microseconds since 1970. May step in either direction.
+    fn unix_micros(&self) -> u64;
+
+    /// 128 unguessable bits.
+    ///
+    /// # Errors
+    /// Where the host has no randomness to give.
+    fn random(&self) -> Result<u128, HostError>;
+
+    /// The plugin's configuration. Only within `on_configure`.
+    ///
+    /// # Errors
+    /// Outside of it.
+    fn configuration(&self) -> Result<Vec<u8>, HostError>;
+
+    /// The value of a header of the effective stream; none where it is absent. Any bytes.
+    ///
+    /// # Errors
+    /// Outside the phase of these headers, or without a stream.
+    fn header(&self, headers: Headers, name: &str) -> Result<Option<Vec<u8>>, HostError>;
+
+    /// Sets a header of the effective stream: all fields of that name become this one.
+    ///
+    /// # Errors
+    /// As [`Host::header`].
+    fn set_header(&self, headers: Headers, name: &str, value: &[u8]) -> Result<(), HostError>;
+
+    /// Adds a field to the headers of the effective stream, after those of the same name.
+    ///
+    /// # Errors
+    /// As [`Host::header`].
+    fn add_header(&self, headers: Headers, name: &str, value: &[u8]) -> Result<(), HostError>;
+
+    /// Removes all fields of that name, if there are any, from the headers of the effective stream.
+    ///
+    /// # Errors
+    /// As [`Host::header`].
+    fn remove_header(&self, headers: Headers, name: &str) -> Result<(), HostError>;
+
+    /// A property of the effective stream, or of the node; none where there is none, or it cannot be had as bytes.
+    fn property(&self, path: &[&str]) -> Option<Vec<u8>>;
+
+    /// Makes another context of this VM the effective one, until [`Host::leave`]. Prefer
+    /// `within` (on `dyn Host`).
+    ///
+    /// # Errors
+    /// `BadArgument` when that context is gone.
+    fn enter(&self, context: ContextId) -> Result<(), HostError>;
+
+    /// Makes the context whose callback runs the effective one again.
+    fn leave(&self);
+
+    /// Lets the parked request of the effective stream go on. Never together with [`Host::reply`].
+    ///
+    /// # Errors
+    /// Without a stream.
+    fn resume(&self) -> Result<(), HostError>;
+
+    /// Answers the effective stream's request; once its response has begun, resets the stream instead.
+    ///
+    /// # Errors
+    /// What the host says of it.
+    fn reply(&self, reply: &Reply<'_>) -> Result<(), HostError>;
+
+    /// Reads a shared value and its version; none where nothing was ever stored.
+    ///
+    /// # Errors
+    /// What the host says of it.
+    fn shared_get(&self, key: &str) -> Result<Option<(Vec<u8>, Cas)>, HostError>;
+
+    /// Writes a shared value if `expected` holds.
+    ///
+    /// # Errors
+    /// What the host says of it; a lost race is no error.
+    fn shared_set(&self, key: &str, value: &[u8], expected: Expected) -> Result<Stored, HostError>;
+
+    /// Makes the queue of that name, and delivers its messages to this root from now on.
+    ///
+    /// # Errors
+    /// What the host says of it.
+    fn register_queue(&self, name: &str) -> Result<QueueId, HostError>;
+
+    /// Puts a message into a queue, of any VM.
+    ///
+    /// # Errors
+    /// `NotFound` where no such queue was ever registered.
+    fn enqueue(&self, queue: QueueId, message: &[u8]) -> Result<(), HostError>;
+
+    /// Takes the oldest message of a queue; none where it is empty.
+    ///
+    /// # Errors
+    /// `NotFound` where no such queue was ever registered.
+    fn dequeue(&self, queue: QueueId) -> Result<Option<Vec<u8>>, HostError>;
+
+    /// Finds or makes a metric. Costs more than using it: keep the id.
+    ///
+    /// # Errors
+    /// What the host says of it.
+    fn define_metric(&self, kind: MetricKind, name: &str) -> Result<MetricId, HostError>;
+
+    /// Adds to a counter or a gauge. Adding 0 is not passed on.
+    ///
+    /// # Errors
+    /// `BadArgument` for an unknown metric, or a counter that would fall.
+    fn add_metric(&self, metric: MetricId, by: i64) -> Result<(), HostError>;
+
+    /// Records a value in a histogram.
+    ///
+    /// # Errors
+    /// `BadArgument` for an unknown metric.
+    fn record_metric(&self, metric: MetricId, value: u64) -> Result<(), HostError>;
+
+    /// Reads a counter or a gauge.
+    ///
+    /// # Errors
+    /// `BadArgument` for an unknown metric or a histogram.
+    fn read_metric(&self, metric: MetricId) -> Result<u64, HostError>;
+
+    /// Asks for ticks of the current root, one this span after the last; rounded up to whole milliseconds, at least
+    /// one.
+    ///
+    /// # Errors
+    /// What the host says of it.
+    fn set_tick(&self, period: Duration) -> Result<(), HostError>;
+
+    /// The least level that the host writes.
+    fn log_level(&self) -> Level;
+
+    /// Writes a log line.
+    fn log(&self, level: Level, message: &str);
+}
+
+impl dyn Host + '_ {
+    /// Runs `act` with `context` effective, and leaves it again afterwards. Does not nest.
+    ///
+    /// # Errors
+    /// `BadArgument` when that context is gone; `act` has not run then.
+    pub fn within<T>(&self, context: ContextId, act: impl FnOnce(&Self) -> T) -> Result<T, HostError> {
+        self.enter(context)?;
+        let result = act(self);
+        self.leave();
+        Ok(result)
+    }
+}
