@@ -9,7 +9,9 @@ pub mod fence;
 pub mod id;
 pub mod mode;
 pub mod name;
+pub mod queue;
 pub mod refusal;
+pub mod session;
 pub mod time;
 
 pub use class::{Class, Classes, Within};
@@ -17,5 +19,7 @@ pub use fence::Fence;
 pub use id::{LeaseId, OwnerId, Rank, SessionId};
 pub use mode::Mode;
 pub use name::{LockName, NameError};
+pub use queue::{Entry, Queue, State};
 pub use refusal::{Cause, Edge, Holder, Limit, Loss, Refusal};
+pub use session::{Load, Member, Sessions};
 pub use time::{Duration, Time};

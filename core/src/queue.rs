@@ -1,0 +1,428 @@
+//! One lock: an ordered queue of entries, and the pure rules that say which of them hold it.
+//!
+//! Every backend shares these rules. The order of the entries is the order in which waiters stand; a grant, once
+//! given, stays until its entry is removed, so that a lease never ends early whatever comes before or after it.
+
+use serde::{Deserialize, Serialize};
+
+use crate::fence::Fence;
+use crate::id::{LeaseId, OwnerId, SessionId};
+use crate::mode::Mode;
+use crate::name::LockName;
+use crate::session::{DEAD_AFTER, Sessions};
+use crate::time::{Duration, Time};
+
+/// One lease's place at one lock.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// The lease that it belongs to; at most one entry a lease and lock.
+    pub lease: LeaseId,
+    /// Who holds or waits.
+    pub owner: OwnerId,
+    /// In which mode.
+    pub mode: Mode,
+    /// Whether the owner's other entries on this lock let it pass (re-entry, upgrade).
+    pub reentrant: bool,
+    /// Who keeps it alive.
+    pub session: SessionId,
+    /// How long a grant outlives its last renewal.
+    pub ttl: Duration,
+    /// Who asked: a route or a workload, for people to read.
+    pub asked_by: String,
+    /// Waiting or holding.
+    pub state: State,
+}
+
+/// What an entry is doing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum State {
+    /// It stands in the queue.
+    Waiting {
+        /// Since when.
+        since: Time,
+        /// Until when at the latest.
+        deadline: Time,
+        /// For how long a grant may be renewed.
+        hold: Duration,
+        /// Whether its owner held the lock when it came: it stands before plain waiters.
+        upgrade: bool,
+    },
+    /// It holds the lock.
+    Held {
+        /// Under which fence.
+        fence: Fence,
+        /// Since when.
+        since: Time,
+        /// Last renewed; the heartbeat of its session counts as well.
+        renewed: Time,
+        /// When renewing ends.
+        until: Time,
+    },
+}
+
+impl Entry {
+    /// Whether it holds the lock.
+    pub fn is_held(&self) -> bool {
+        matches!(self.state, State::Held { .. })
+    }
+
+    /// When it ends if nothing is heard of it any more: a grant's TTL and hold limit, a waiter's deadline, or sooner
+    /// if the waiter's session is dead. Never later than it may live, and never sooner than it must.
+    pub fn ends(&self, sessions: &Sessions) -> Time {
+        let beat = sessions.member(self.session).map(|member| member.beat);
+        match self.state {
+            State::Held { renewed, until, .. } => (beat.unwrap_or(renewed).max(renewed) + self.ttl).min(until),
+            State::Waiting { since, deadline, .. } if self.session == SessionId::NONE => deadline.max(since),
+            State::Waiting { since, deadline, .. } => (beat.unwrap_or(since).max(since) + DEAD_AFTER).min(deadline),
+        }
+    }
+
+    /// Whether the two may not hold the lock together.
+    fn conflicts(&self, other: &Entry) -> bool {
+        !self.mode.compatible(other.mode) && !self.passes(other)
+    }
+
+    /// Whether both are of one owner who may re-enter.
+    fn passes(&self, other: &Entry) -> bool {
+        self.reentrant && other.reentrant && self.owner == other.owner
+    }
+}
+
+/// A lock: its holders and those who wait for it, in the order in which they stand.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Queue {
+    /// The lock.
+    pub name: LockName,
+    entries: Vec<Entry>,
+}
+
+impl Queue {
+    /// A lock that nobody holds or waits for.
+    pub fn new(name: LockName) -> Self {
+        Queue { name, entries: Vec::new() }
+    }
+
+    /// Everybody, holders and waiters, in the order in which they stand.
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// Whether nobody holds or waits.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// The entry of a lease.
+    pub fn entry(&self, lease: LeaseId) -> Option<&Entry> {
+        self.entries.iter().find(|entry| entry.lease == lease)
+    }
+
+    /// The entry of a lease, to change.
+    pub fn entry_mut(&mut self, lease: LeaseId) -> Option<&mut Entry> {
+        self.entries.iter_mut().find(|entry| entry.lease == lease)
+    }
+
+    /// Those who hold the lock.
+    pub fn holders(&self) -> impl Iterator<Item = &Entry> {
+        self.entries.iter().filter(|entry| entry.is_held())
+    }
+
+    /// Those who wait, in the order in which they stand.
+    pub fn waiters(&self) -> impl Iterator<Item = &Entry> {
+        self.entries.iter().filter(|entry| !entry.is_held())
+    }
+
+    /// What the owner's grants add up to, and the highest fence among them. None if it holds nothing it may re-enter.
+    fn held_by(&self, wanted: &Entry) -> Option<(Mode, Fence)> {
+        let own = self.holders().filter(|held| held.passes(wanted));
+        own.fold(None, |sum, held| match (sum, &held.state) {
+            (None, State::Held { fence, .. }) => Some((held.mode, *fence)),
+            (Some((mode, highest)), State::Held { fence, .. }) => Some((mode.join(held.mode), highest.max(*fence))),
+            (sum, State::Waiting { .. }) => sum,
+        })
+    }
+
+    /// Puts a waiter in its place: behind everybody, or behind the other upgrades if its owner holds the lock.
+    /// Where it stands does not change afterwards, so that no wait-for edge turns round without anyone asking.
+    pub fn enqueue(&mut self, mut entry: Entry) {
+        let owner_holds = self.held_by(&entry).is_some();
+        if let State::Waiting { upgrade, .. } = &mut entry.state {
+            *upgrade = owner_holds;
+        }
+        let plain = |entry: &Entry| matches!(entry.state, State::Waiting { upgrade: false, .. });
+        let place = if owner_holds { self.entries.iter().position(plain) } else { None };
+        self.entries.insert(place.unwrap_or(self.entries.len()), entry);
+    }
+
+    /// Removes the entry of a lease, whether it holds or waits.
+    pub fn remove(&mut self, lease: LeaseId) -> Option<Entry> {
+        let at = self.entries.iter().position(|entry| entry.lease == lease)?;
+        Some(self.entries.remove(at))
+    }
+
+    /// Whether [`Queue::reap`] would remove anything.
+    pub fn has_ended(&self, sessions: &Sessions, now: Time) -> bool {
+        self.entries.iter().any(|entry| entry.ends(sessions) <= now)
+    }
+
+    /// Removes and gives back what has ended: expired grants, waiters past their deadline, waiters of dead sessions.
+    pub fn reap(&mut self, sessions: &Sessions, now: Time) -> Vec<Entry> {
+        self.entries.extract_if(.., |entry| entry.ends(sessions) <= now).collect()
+    }
+
+    /// Who stands in the way of a waiter: every conflicting holder and every conflicting waiter before it. These are
+    /// its wait-for edges. Empty for a holder, and where there is more than one permit, since such a wait is for any
+    /// of several holders and not for one.
+    pub fn blockers(&self, lease: LeaseId, permits: u32) -> impl Iterator<Item = &Entry> {
+        let place = self.entries.iter().position(|entry| entry.lease == lease);
+        let waiter = place.and_then(|place| self.entries.get(place));
+        let waiter = waiter.filter(|waiter| permits <= 1 && !waiter.is_held() && !self.re_enters(waiter));
+        self.entries.iter().enumerate().filter_map(move |(other_place, other)| {
+            let stands_before = other.is_held() || place.is_some_and(|place| other_place < place);
+            (stands_before && waiter.is_some_and(|waiter| waiter.conflicts(other))).then_some(other)
+        })
+    }
+
+    /// Whether the owner already has all that the entry asks for.
+    fn re_enters(&self, entry: &Entry) -> bool {
+        self.held_by(entry).is_some_and(|(mode, _)| mode.covers(entry.mode))
+    }
+
+    /// Grants the lock to every waiter whose turn it is, and gives back their leases in the order of the grants.
+    ///
+    /// Strict FIFO: a waiter is granted if it conflicts with no holder and with no waiter before it; so neighbouring
+    /// shared waiters are granted together and nobody overtakes. A re-entry is always granted. It gets the fence
+    /// that its owner has already: it is the same critical section, and were its fence higher, a resource that had
+    /// seen it would refuse the rest of that section. Every other grant raises `highest`, the highest fence that was
+    /// ever given here, never below `floor` (see [`Fence::next`]).
+    pub fn settle(&mut self, permits: u32, now: Time, floor: Fence, highest: &mut Fence) -> Vec<LeaseId> {
+        let mut granted = Vec::new();
+        let mut at = 0;
+        while let Some(waiter) = self.entries.get(at) {
+            if let Some(fence) = self.turn(at, waiter, permits) {
+                let fence = fence.unwrap_or_else(|| {
+                    *highest = highest.next(floor);
+                    *highest
+                });
+                if let Some(entry) = self.entries.get_mut(at) {
+                    if let State::Waiting { hold, .. } = entry.state {
+                        entry.state = State::Held { fence, since: now, renewed: now, until: now + hold };
+                        granted.push(entry.lease);
+                    }
+                }
+            }
+            at += 1;
+        }
+        granted
+    }
+
+    /// Whether it is the turn of the waiter at `at`; with the fence that it re-enters under, if it re-enters.
+    fn turn(&self, at: usize, waiter: &Entry, permits: u32) -> Option<Option<Fence>> {
+        if waiter.is_held() {
+            return None;
+        }
+        let mut before = self.entries.iter().take(at);
+        if permits > 1 {
+            let taken = self.holders().count();
+            let free = taken < usize::try_from(permits).unwrap_or(usize::MAX) && before.all(Entry::is_held);
+            return free.then_some(None);
+        }
+        if let Some((mode, fence)) = self.held_by(waiter) {
+            if mode.covers(waiter.mode) {
+                return Some(Some(fence));
+            }
+        }
+        let free = !self.holders().any(|held| held.conflicts(waiter)) && !before.any(|other| other.conflicts(waiter));
+        free.then_some(None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use Mode::{Exclusive, IntentExclusive, IntentShared, Shared};
+    #[cfg(target_arch = "wasm32")]
+    use wasm_bindgen_test::wasm_bindgen_test as test;
+
+    const NOW: Time = Time::from_micros(1_000_000);
+
+    struct Lock {
+        queue: Queue,
+        permits: u32,
+        highest: Fence,
+        leases: u128,
+    }
+
+    impl Lock {
+        fn new(permits: u32) -> Self {
+            let queue = Queue::new(LockName::parse("l").unwrap());
+            Lock { queue, permits, highest: Fence(0), leases: 0 }
+        }
+
+        fn ask_as(&mut self, owner: &str, mode: Mode, reentrant: bool) -> LeaseId {
+            self.leases += 1;
+            let lease = LeaseId(self.leases);
+            let second = Duration::from_secs(1);
+            let state = State::Waiting { since: NOW, deadline: NOW + second, hold: second * 60, upgrade: false };
+            self.queue.enqueue(Entry {
+                lease,
+                owner: OwnerId::new(owner).unwrap(),
+                mode,
+                reentrant,
+                session: SessionId::NONE,
+                ttl: second,
+                asked_by: String::new(),
+                state,
+            });
+            self.settle();
+            lease
+        }
+
+        fn ask(&mut self, owner: &str, mode: Mode) -> LeaseId {
+            self.ask_as(owner, mode, true)
+        }
+
+        fn settle(&mut self) -> Vec<LeaseId> {
+            self.queue.settle(self.permits, NOW, Fence(0), &mut self.highest)
+        }
+
+        fn free(&mut self, lease: LeaseId) -> Vec<LeaseId> {
+            self.queue.remove(lease).unwrap();
+            self.settle()
+        }
+
+        fn holds(&self, lease: LeaseId) -> bool {
+            self.queue.entry(lease).unwrap().is_held()
+        }
+
+        fn fence(&self, lease: LeaseId) -> Fence {
+            match self.queue.entry(lease).unwrap().state {
+                State::Held { fence, .. } => fence,
+                State::Waiting { .. } => panic!("waits"),
+            }
+        }
+
+        fn blockers(&self, lease: LeaseId) -> Vec<LeaseId> {
+            self.queue.blockers(lease, self.permits).map(|entry| entry.lease).collect()
+        }
+    }
+
+    #[test]
+    fn readers_do_not_overtake_a_writer() {
+        let mut lock = Lock::new(1);
+        let r1 = lock.ask("r1", Shared);
+        let w = lock.ask("w", Exclusive);
+        let r2 = lock.ask("r2", Shared);
+        let r3 = lock.ask("r3", Shared);
+        assert!(lock.holds(r1) && !lock.holds(w) && !lock.holds(r2));
+        assert_eq!(lock.blockers(w), [r1]);
+        assert_eq!(lock.blockers(r2), [w]);
+        assert_eq!(lock.free(r1), [w]);
+        assert_eq!(lock.free(w), [r2, r3], "neighbouring readers are granted together");
+    }
+
+    #[test]
+    fn reentry_is_immediate_counted_and_keeps_its_fence() {
+        let mut lock = Lock::new(1);
+        let outer = lock.ask("a", Exclusive);
+        let other = lock.ask("b", Exclusive);
+        let inner = lock.ask("a", Shared);
+        assert!(lock.holds(inner) && !lock.holds(other));
+        assert_eq!(lock.fence(inner), lock.fence(outer));
+        assert_eq!(lock.free(outer), [], "the inner lease still holds, in its weaker mode");
+        assert_eq!(lock.free(inner), [other]);
+        assert!(lock.fence(other) > Fence(1));
+    }
+
+    #[test]
+    fn without_reentry_an_owner_waits_for_itself() {
+        let mut lock = Lock::new(1);
+        let first = lock.ask_as("a", Exclusive, false);
+        let second = lock.ask_as("a", Exclusive, false);
+        assert!(!lock.holds(second));
+        assert_eq!(lock.blockers(second), [first]);
+    }
+
+    #[test]
+    fn a_sole_holder_upgrades_at_once_and_a_shared_one_goes_first() {
+        let mut lock = Lock::new(1);
+        let a = lock.ask("a", Shared);
+        let plain = lock.ask("p", Exclusive);
+        let upgrade = lock.ask("a", Exclusive);
+        assert!(lock.holds(upgrade), "sole holder");
+        assert!(lock.fence(upgrade) > lock.fence(a), "an upgrade is a new grant");
+        lock.free(upgrade);
+        assert!(!lock.holds(plain), "a still reads");
+
+        let mut lock = Lock::new(1);
+        let a = lock.ask("a", Shared);
+        let b = lock.ask("b", Shared);
+        let plain = lock.ask("p", Exclusive);
+        let upgrade = lock.ask("a", Exclusive);
+        assert_eq!(lock.blockers(upgrade), [b]);
+        assert_eq!(lock.blockers(plain), [a, b, upgrade]);
+        assert_eq!(lock.free(b), [upgrade]);
+    }
+
+    #[test]
+    fn a_downgrade_wakes_who_fits() {
+        let mut lock = Lock::new(1);
+        let _reads = lock.ask("a", Shared);
+        let writes = lock.ask("a", Exclusive);
+        let reader = lock.ask("b", Shared);
+        assert!(!lock.holds(reader));
+        assert_eq!(lock.free(writes), [reader]);
+    }
+
+    #[test]
+    fn intents_meet_on_the_parent_only_where_they_must() {
+        let mut lock = Lock::new(1);
+        let ix = lock.ask("a", IntentExclusive);
+        let is = lock.ask("b", IntentShared);
+        let other_ix = lock.ask("c", IntentExclusive);
+        assert!(lock.holds(ix) && lock.holds(is) && lock.holds(other_ix));
+        let shared = lock.ask("d", Shared);
+        assert_eq!(lock.blockers(shared), [ix, other_ix]);
+    }
+
+    #[test]
+    fn permits_are_counted_and_draw_no_edge() {
+        let mut lock = Lock::new(2);
+        let a = lock.ask("a", Exclusive);
+        let again = lock.ask("a", Exclusive);
+        let b = lock.ask("b", Exclusive);
+        let c = lock.ask("c", Exclusive);
+        assert!(lock.holds(a) && lock.holds(again), "re-entry takes a permit of its own");
+        assert_ne!(lock.fence(a), lock.fence(again));
+        assert!(lock.blockers(b).is_empty());
+        assert_eq!(lock.free(a), [b]);
+        assert_eq!(lock.free(again), [c]);
+    }
+
+    #[test]
+    fn what_has_ended_is_reaped_at_its_moment_and_not_before() {
+        let mut lock = Lock::new(1);
+        let a = lock.ask("a", Exclusive);
+        let b = lock.ask("b", Exclusive);
+        let none = Sessions::default();
+        let end = NOW + Duration::from_secs(1);
+        assert!(!lock.queue.has_ended(&none, end - Duration::from_micros(1)));
+        let gone: Vec<_> = lock.queue.reap(&none, end).into_iter().map(|entry| entry.lease).collect();
+        assert_eq!(gone, [a, b], "the grant by its TTL, the waiter by its deadline");
+    }
+
+    #[test]
+    fn a_heartbeat_renews_but_not_past_the_hold_limit() {
+        let mut sessions = Sessions::default();
+        let session = sessions.join(0, NOW);
+        let mut lock = Lock::new(1);
+        let a = lock.ask("a", Exclusive);
+        lock.queue.entry_mut(a).unwrap().session = session;
+        let later = NOW + Duration::from_secs(30);
+        assert!(sessions.beat(session, 0, Default::default(), later));
+        assert_eq!(lock.queue.entry(a).unwrap().ends(&sessions), later + Duration::from_secs(1));
+        let last = NOW + Duration::from_millis(59_900);
+        assert!(sessions.beat(session, 0, Default::default(), last));
+        assert_eq!(lock.queue.entry(a).unwrap().ends(&sessions), NOW + Duration::from_secs(60));
+    }
+}
