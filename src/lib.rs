@@ -2,4 +2,5 @@
 //!
 //! The rules about locks live in [`interlock_core`]; what the host is asked lives in `host`.
 
+pub mod annotation;
 pub mod host;
