@@ -5,13 +5,18 @@
 //! the search for wait-for cycles. What must not: anything that knows of HTTP, Envoy, a wire format or a policy file.
 
 pub mod class;
+pub mod cycle;
 pub mod fence;
 pub mod id;
+pub mod mem;
 pub mod mode;
 pub mod name;
 pub mod queue;
 pub mod refusal;
+pub mod request;
 pub mod session;
+pub mod store;
+pub mod table;
 pub mod time;
 
 pub use class::{Class, Classes, Within};
@@ -21,5 +26,8 @@ pub use mode::Mode;
 pub use name::{LockName, NameError};
 pub use queue::{Entry, Queue, State};
 pub use refusal::{Cause, Edge, Holder, Limit, Loss, Refusal};
+pub use request::{Grant, Lease, Pending, Request, Want};
 pub use session::{Load, Member, Sessions};
+pub use store::{Store, StoreError};
+pub use table::{Census, Effects, Event, Limits, Outcome, Rules, Scene, Table, Wake};
 pub use time::{Duration, Time};

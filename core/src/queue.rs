@@ -204,11 +204,11 @@ impl Queue {
                     *highest = highest.next(floor);
                     *highest
                 });
-                if let Some(entry) = self.entries.get_mut(at) {
-                    if let State::Waiting { hold, .. } = entry.state {
-                        entry.state = State::Held { fence, since: now, renewed: now, until: now + hold };
-                        granted.push(entry.lease);
-                    }
+                if let Some(entry) = self.entries.get_mut(at)
+                    && let State::Waiting { hold, .. } = entry.state
+                {
+                    entry.state = State::Held { fence, since: now, renewed: now, until: now + hold };
+                    granted.push(entry.lease);
                 }
             }
             at += 1;
@@ -227,10 +227,10 @@ impl Queue {
             let free = taken < usize::try_from(permits).unwrap_or(usize::MAX) && before.all(Entry::is_held);
             return free.then_some(None);
         }
-        if let Some((mode, fence)) = self.held_by(waiter) {
-            if mode.covers(waiter.mode) {
-                return Some(Some(fence));
-            }
+        if let Some((mode, fence)) = self.held_by(waiter)
+            && mode.covers(waiter.mode)
+        {
+            return Some(Some(fence));
         }
         let free = !self.holders().any(|held| held.conflicts(waiter)) && !before.any(|other| other.conflicts(waiter));
         free.then_some(None)

@@ -1,0 +1,136 @@
+//! The search for wait-for cycles.
+//!
+//! Edge-chasing over an abstract reader: from an owner to the locks it waits for, from there to who stands in its
+//! way, and on, breadth first, so that the cost is the length of the chains and not the size of the table (after
+//! Chandy, Misra and Haas, "Distributed Deadlock Detection", 1983; here one party follows the edges itself).
+//!
+//! Who searches has published its own edge before. So of two that close one cycle from two sides at the same time,
+//! the later publisher sees the other's edge: at least one of them finds the cycle.
+
+use std::collections::HashMap;
+use std::collections::VecDeque;
+use std::collections::hash_map::Entry as MapEntry;
+
+use crate::id::{LeaseId, OwnerId};
+use crate::name::LockName;
+use crate::queue::Queue;
+use crate::refusal::Edge;
+
+/// How many owners one search may visit. A search that meets more ends with [`Search::TooLong`], since nobody can
+/// then say that the wait is safe.
+pub const MAX_OWNERS: usize = 4096;
+
+/// What a search reads. What it gives must have no ended entries in it.
+pub trait Reader {
+    /// Why reading can fail.
+    type Error;
+
+    /// Locks for which the owner may be waiting: all of them, and perhaps some more.
+    ///
+    /// # Errors
+    /// Whatever reading can fail with.
+    fn waits(&mut self, owner: &OwnerId) -> Result<Vec<LockName>, Self::Error>;
+
+    /// The lock's queue, and how many permits it has.
+    ///
+    /// # Errors
+    /// Whatever reading can fail with.
+    fn queue(&mut self, lock: &LockName) -> Result<(Queue, u32), Self::Error>;
+}
+
+/// One wait-for edge as it was read: the leases are what makes it recognisable when it is read again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Step {
+    owner: OwnerId,
+    lease: LeaseId,
+    lock: LockName,
+    blocker: OwnerId,
+    blocker_lease: LeaseId,
+}
+
+/// What a search found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Search {
+    /// No edge leads back.
+    Clear,
+    /// These edges lead from the owner back to it.
+    Cycle(Vec<Step>),
+    /// More than [`MAX_OWNERS`] owners are involved.
+    TooLong,
+}
+
+/// Looks for a cycle through `owner`: through the edges of its lease `by` where that is given, else through any.
+///
+/// # Errors
+/// Those of the reader.
+pub fn search<R: Reader>(reader: &mut R, owner: &OwnerId, by: Option<LeaseId>) -> Result<Search, R::Error> {
+    let mut queues = HashMap::new();
+    // Who was reached by which edge; the start by none.
+    let mut reached: HashMap<OwnerId, Option<Step>> = HashMap::from([(owner.clone(), None)]);
+    let mut next = VecDeque::from([owner.clone()]);
+    while let Some(waiter) = next.pop_front() {
+        for lock in reader.waits(&waiter)? {
+            let (queue, permits) = match queues.entry(lock.clone()) {
+                MapEntry::Occupied(entry) => entry.into_mut(),
+                MapEntry::Vacant(entry) => entry.insert(reader.queue(&lock)?),
+            };
+            let own = queue.waiters().filter(|entry| entry.owner == waiter);
+            let own = own.filter(|entry| waiter != *owner || by.is_none_or(|by| entry.lease == by));
+            for entry in own {
+                for blocker in queue.blockers(entry.lease, *permits) {
+                    let step = Step {
+                        owner: waiter.clone(),
+                        lease: entry.lease,
+                        lock: lock.clone(),
+                        blocker: blocker.owner.clone(),
+                        blocker_lease: blocker.lease,
+                    };
+                    if blocker.owner == *owner {
+                        return Ok(Search::Cycle(path(&reached, step)));
+                    }
+                    if reached.len() >= MAX_OWNERS {
+                        return Ok(Search::TooLong);
+                    }
+                    if let MapEntry::Vacant(place) = reached.entry(blocker.owner.clone()) {
+                        next.push_back(blocker.owner.clone());
+                        place.insert(Some(step));
+                    }
+                }
+            }
+        }
+    }
+    Ok(Search::Clear)
+}
+
+/// The steps from the start of the search to and with `last`.
+fn path(reached: &HashMap<OwnerId, Option<Step>>, last: Step) -> Vec<Step> {
+    let mut steps = vec![last];
+    while let Some(Some(step)) = steps.last().and_then(|step| reached.get(&step.owner)) {
+        steps.push(step.clone());
+    }
+    steps.reverse();
+    steps
+}
+
+/// Reads every edge of a found cycle a second time. Leases are never used twice and a lease does not come back to a
+/// lock that it has left, so an edge that is there both times was there all the time in between; and the moment
+/// between the two readings is in between for all of them: the cycle was whole then.
+///
+/// # Errors
+/// Those of the reader, which must not give again what it gave to the search.
+pub fn confirm<R: Reader>(reader: &mut R, steps: &[Step]) -> Result<bool, R::Error> {
+    for step in steps {
+        let (queue, permits) = reader.queue(&step.lock)?;
+        let stands = queue.blockers(step.lease, permits).any(|blocker| blocker.lease == step.blocker_lease);
+        if !stands {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// The cycle as it is told to people.
+pub fn edges(steps: Vec<Step>) -> Vec<Edge> {
+    let edge = |step: Step| Edge { owner: step.owner, waits_for: step.lock, held_by: step.blocker };
+    steps.into_iter().map(edge).collect()
+}

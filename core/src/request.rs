@@ -1,0 +1,219 @@
+//! One request for one or more locks, from its arrival to its end.
+//!
+//! A request is a [`Request`] until it is asked for, a [`Pending`] while it waits, a [`Lease`] while it holds. Each
+//! is consumed by what ends it, so that nothing ends twice. What moves them on is [`crate::table`].
+
+use crate::class::Classes;
+use crate::fence::Fence;
+use crate::id::{LeaseId, OwnerId};
+use crate::mode::Mode;
+use crate::name::LockName;
+use crate::time::{Duration, Time};
+
+/// One lock that a request asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Want {
+    /// Which lock.
+    pub name: LockName,
+    /// In which mode.
+    pub mode: Mode,
+    /// The longest time to wait for it, from the arrival of the request; zero: not at all.
+    pub wait: Duration,
+    /// How long a grant outlives its last renewal.
+    pub ttl: Duration,
+    /// How long a grant may be renewed.
+    pub hold: Duration,
+}
+
+/// A request as it comes in.
+#[derive(Clone, Debug)]
+pub struct Request {
+    pub(crate) lease: LeaseId,
+    pub(crate) owner: OwnerId,
+    pub(crate) reentrant: bool,
+    pub(crate) asked_by: String,
+    pub(crate) arrived: Time,
+    pub(crate) wants: Vec<Want>,
+    asked: Vec<LockName>,
+}
+
+impl Request {
+    /// A request of `owner` for `wants`, which comes in at `arrived` and will be known as `lease`.
+    ///
+    /// The locks are put into the global order, in which they are then taken, whatever order they are written in.
+    /// In hierarchical classes the intents on the ancestors are added. A lock that is wanted more than once is taken
+    /// once, in the mode that gives all of it, with the shortest wait and the longest TTL and hold.
+    pub fn new(lease: LeaseId, owner: OwnerId, arrived: Time, wants: Vec<Want>, classes: &Classes) -> Self {
+        let asked = wants.iter().map(|want| want.name.clone()).collect();
+        let mut all = Vec::with_capacity(wants.len());
+        for want in wants {
+            let class = classes.of(&want.name);
+            if class.hierarchy {
+                let intent = want.mode.intent();
+                all.extend(want.name.ancestors().map(|name| Want { name, mode: intent, ..want.clone() }));
+            }
+            // Where permits are counted there are no modes: one spelling keeps all entries of a lock alike.
+            let mode = if class.permits > 1 { Mode::Exclusive } else { want.mode };
+            all.push(Want { mode, ..want });
+        }
+        all.sort_by(|a, b| classes.order(&a.name, &b.name));
+        all.dedup_by(|again, first| {
+            let same = again.name == first.name;
+            if same {
+                first.mode = first.mode.join(again.mode);
+                first.wait = first.wait.min(again.wait);
+                first.ttl = first.ttl.max(again.ttl);
+                first.hold = first.hold.max(again.hold);
+            }
+            same
+        });
+        Request { lease, owner, reentrant: true, asked_by: String::new(), arrived, wants: all, asked }
+    }
+
+    /// Whether the owner's other leases let this one pass (the default), or it waits for them as for anyone's.
+    #[must_use]
+    pub fn reentrant(mut self, reentrant: bool) -> Self {
+        self.reentrant = reentrant;
+        self
+    }
+
+    /// Says who asks, for people to read: a route, a workload.
+    #[must_use]
+    pub fn asked_by(mut self, asked_by: impl Into<String>) -> Self {
+        self.asked_by = asked_by.into();
+        self
+    }
+
+    /// The locks that it takes, in the order in which it takes them.
+    pub fn wants(&self) -> &[Want] {
+        &self.wants
+    }
+}
+
+/// One lock that a lease holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Grant {
+    /// The lock.
+    pub name: LockName,
+    /// The mode that this lease holds it in.
+    pub mode: Mode,
+    /// The fence of the grant.
+    pub fence: Fence,
+    /// When the grant ends, renewed or not.
+    pub until: Time,
+    /// The TTL of the grant.
+    pub ttl: Duration,
+    /// Whether it was asked for by name, or is the intent that another lock of the request implies.
+    pub asked: bool,
+}
+
+/// A request under way: what it wants and what it has.
+#[derive(Debug)]
+pub(crate) struct Claim {
+    pub(crate) request: Request,
+    pub(crate) grants: Vec<Grant>,
+    /// Whether the index by owner lists it.
+    pub(crate) indexed: bool,
+    /// The want for which the index by owner says that it waits.
+    pub(crate) published: Option<usize>,
+}
+
+impl Claim {
+    pub(crate) fn new(request: Request) -> Self {
+        let grants = Vec::with_capacity(request.wants.len());
+        Claim { request, grants, indexed: false, published: None }
+    }
+
+    /// The lock to take next: grants are made in the order of the wants.
+    pub(crate) fn next(&self) -> Option<&Want> {
+        self.request.wants.get(self.grants.len())
+    }
+
+    /// Whether a wait for the next lock can be seen by those who search for cycles.
+    pub(crate) fn is_published(&self) -> bool {
+        self.published == Some(self.grants.len())
+    }
+
+    pub(crate) fn push(&mut self, fence: Fence, until: Time) {
+        if let Some(Want { name, mode, ttl, .. }) = self.next().cloned() {
+            let asked = self.request.asked.contains(&name);
+            self.grants.push(Grant { name, mode, fence, until, ttl, asked });
+        }
+    }
+}
+
+/// A request that stands in the queue of one lock, and holds those before it.
+#[derive(Debug)]
+#[must_use = "a request that waits must be polled or cancelled, or it stands in its queue until its deadline"]
+pub struct Pending {
+    pub(crate) claim: Claim,
+    pub(crate) poll_at: Time,
+    pub(crate) deadline: Time,
+}
+
+impl Pending {
+    /// Its lease-to-be.
+    pub fn lease(&self) -> LeaseId {
+        self.claim.request.lease
+    }
+
+    /// Who waits.
+    pub fn owner(&self) -> &OwnerId {
+        &self.claim.request.owner
+    }
+
+    /// The lock that it waits for, and the mode.
+    pub fn waits_for(&self) -> Option<(&LockName, Mode)> {
+        self.claim.next().map(|want| (&want.name, want.mode))
+    }
+
+    /// When to poll it at the latest, even if nothing wakes it: its deadline, or the moment at which the first lease
+    /// in its way would end unrenewed.
+    pub fn poll_at(&self) -> Time {
+        self.poll_at
+    }
+
+    /// When its wait ends.
+    pub fn deadline(&self) -> Time {
+        self.deadline
+    }
+
+    /// When the request came in.
+    pub fn arrived(&self) -> Time {
+        self.claim.request.arrived
+    }
+}
+
+/// A request that holds all its locks.
+#[derive(Debug)]
+#[must_use = "a lease must be released, or it blocks others for as long as its session lives"]
+pub struct Lease {
+    pub(crate) claim: Claim,
+}
+
+impl Lease {
+    /// Its identity.
+    pub fn id(&self) -> LeaseId {
+        self.claim.request.lease
+    }
+
+    /// Who holds.
+    pub fn owner(&self) -> &OwnerId {
+        &self.claim.request.owner
+    }
+
+    /// What it holds, in the order in which it was taken.
+    pub fn grants(&self) -> &[Grant] {
+        &self.claim.grants
+    }
+
+    /// When the first of its locks ends, renewed or not.
+    pub fn until(&self) -> Time {
+        self.claim.grants.iter().map(|grant| grant.until).min().unwrap_or(Time::NEVER)
+    }
+
+    /// The shortest TTL among its locks.
+    pub fn ttl(&self) -> Duration {
+        self.claim.grants.iter().map(|grant| grant.ttl).min().unwrap_or(Duration::MAX)
+    }
+}

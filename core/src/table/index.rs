@@ -1,0 +1,143 @@
+//! The index by owner: what the order rule, the limits and the cycle search know an owner by.
+//!
+//! It is written before a lock is taken and cleaned after it is given back, so it may name too much and never too
+//! little; whoever relies on an item looks at the lock.
+
+use super::{Debt, Scene, Table};
+use crate::id::{LeaseId, OwnerId, SessionId};
+use crate::name::LockName;
+use crate::queue::Entry;
+use crate::refusal::{Cause, Limit};
+use crate::request::{Claim, Request, Want};
+use crate::store::{self, Item, LockBucket, OwnerBucket, Save, Store, StoreError};
+
+impl Table {
+    /// Enters a request into the index by owner, if neither the order nor a limit is against it.
+    pub(super) fn enlist<S: Store>(
+        &mut self,
+        scene: &Scene<'_, S>,
+        claim: &mut Claim,
+    ) -> Result<Option<(Option<Want>, Cause)>, StoreError> {
+        let request = &claim.request;
+        let me = self.me;
+        let bucket = scene.store.bucket(request.owner.as_str());
+        let refused = store::update(scene.store, bucket, |owners: &mut OwnerBucket| {
+            owners.with_items(&request.owner, |items| {
+                if let Some((want, held)) = out_of_order(scene, items, request)? {
+                    return Ok((Some((Some(want), Cause::OrderViolation { held })), Save::No));
+                }
+                if let Some(most) = scene.rules.limits.locks_per_owner {
+                    let most_items = usize::try_from(most).unwrap_or(usize::MAX);
+                    if distinct(items, request) > most_items {
+                        drop_stale(scene, items)?;
+                        if distinct(items, request) > most_items {
+                            let cause = Cause::Limit { limit: Limit::LocksPerOwner, value: u64::from(most) };
+                            return Ok((Some((None, cause)), Save::No));
+                        }
+                    }
+                }
+                items.extend(items_of(request, me, None));
+                Ok((None, Save::Yes))
+            })
+        })?;
+        claim.indexed = refused.is_none();
+        Ok(refused)
+    }
+
+    /// Lets the index by owner say for which lock the request is about to wait.
+    pub(super) fn publish<S: Store>(&mut self, scene: &Scene<'_, S>, claim: &mut Claim) -> Result<(), StoreError> {
+        let (request, me, next) = (&claim.request, self.me, claim.grants.len());
+        let bucket = scene.store.bucket(request.owner.as_str());
+        store::update(scene.store, bucket, |owners: &mut OwnerBucket| {
+            owners.with_items(&request.owner, |items| {
+                items.retain(|item| item.lease != request.lease);
+                items.extend(items_of(request, me, Some(next)));
+                Ok(((), Save::Yes))
+            })
+        })?;
+        claim.indexed = true;
+        claim.published = Some(next);
+        Ok(())
+    }
+
+    /// Takes a lease out of the index by owner.
+    pub(super) fn delist<S: Store>(&mut self, scene: &Scene<'_, S>, owner: &OwnerId, lease: LeaseId) {
+        let bucket = scene.store.bucket(owner.as_str());
+        let delisted = store::update(scene.store, bucket, |owners: &mut OwnerBucket| {
+            owners.with_items(owner, |items| {
+                let before = items.len();
+                items.retain(|item| item.lease != lease);
+                Ok(((), Save::from(items.len() < before)))
+            })
+        });
+        if delisted.is_err() {
+            self.debts.push(Debt::Owner { owner: owner.clone(), lease });
+        }
+    }
+}
+
+/// The index items of a request; `waiting` is the want that it is about to wait for.
+fn items_of(request: &Request, session: SessionId, waiting: Option<usize>) -> impl Iterator<Item = Item> + '_ {
+    request.wants.iter().enumerate().map(move |(at, want)| Item {
+        lock: want.name.clone(),
+        lease: request.lease,
+        session,
+        waiting: waiting == Some(at),
+    })
+}
+
+/// How many locks the owner would have with this request.
+fn distinct(items: &[Item], request: &Request) -> usize {
+    let mut names: Vec<&LockName> = items.iter().map(|item| &item.lock).collect();
+    names.extend(request.wants.iter().map(|want| &want.name));
+    names.sort_unstable();
+    names.dedup();
+    names.len()
+}
+
+/// Whether the lease has an entry at the lock, held or waiting.
+pub(super) fn stands<S: Store>(scene: &Scene<'_, S>, lock: &LockName, lease: LeaseId) -> Result<bool, StoreError> {
+    let (locks, _) = scene.store.read::<LockBucket>(scene.store.bucket(lock.as_str()))?;
+    Ok(locks.queue(lock).is_some_and(|queue| queue.entry(lease).is_some()))
+}
+
+/// Whether the lease holds the lock.
+fn holds<S: Store>(scene: &Scene<'_, S>, item: &Item) -> Result<bool, StoreError> {
+    let (locks, _) = scene.store.read::<LockBucket>(scene.store.bucket(item.lock.as_str()))?;
+    Ok(locks.queue(&item.lock).and_then(|queue| queue.entry(item.lease)).is_some_and(Entry::is_held))
+}
+
+/// Drops the items that the locks know nothing of.
+fn drop_stale<S: Store>(scene: &Scene<'_, S>, items: &mut Vec<Item>) -> Result<(), StoreError> {
+    let mut kept = Vec::with_capacity(items.len());
+    for item in items.drain(..) {
+        if stands(scene, &item.lock, item.lease)? {
+            kept.push(item);
+        }
+    }
+    *items = kept;
+    Ok(())
+}
+
+/// The first lock of the request that sorts at or below one that the owner holds, with that one. Locks that the owner
+/// holds already are no matter of order: they are re-entered or upgraded.
+fn out_of_order<S: Store>(
+    scene: &Scene<'_, S>,
+    items: &[Item],
+    request: &Request,
+) -> Result<Option<(Want, LockName)>, StoreError> {
+    let classes = &scene.rules.classes;
+    for want in &request.wants {
+        for item in items.iter().filter(|item| classes.violates(&item.lock, &want.name)) {
+            if !holds(scene, item)? {
+                continue;
+            }
+            let mut again = items.iter().filter(|other| other.lock == want.name);
+            let held_already = again.try_fold(false, |found, other| Ok(found || holds(scene, other)?))?;
+            if !held_already {
+                return Ok(Some((want.clone(), item.lock.clone())));
+            }
+        }
+    }
+    Ok(None)
+}

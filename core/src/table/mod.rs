@@ -1,0 +1,463 @@
+//! The table of all locks: takes requests through their queues, over any [`Store`].
+//!
+//! What happens to one lock is decided by [`crate::queue`]; here is the order of the steps around it: the index by
+//! owner is written before a lock is taken (so that it never misses anything), a wait is published before cycles are
+//! searched, and whatever a refused request has is given back. No clock is read: a [`Scene`] says what time it is.
+
+use crate::class::Classes;
+mod attempt;
+mod index;
+mod upkeep;
+
+use attempt::{Stance, Taken};
+
+use crate::cycle::{self, Reader, Search};
+use crate::fence::Fence;
+use crate::id::{LeaseId, OwnerId, SessionId};
+use crate::name::LockName;
+use crate::queue::{Entry, Queue, State};
+use crate::refusal::{Cause, Limit, Refusal};
+use crate::request::{Claim, Lease, Pending, Request, Want};
+use crate::session::{Load, Sessions};
+use crate::store::{self, LockBucket, OwnerBucket, Save, Store, StoreError};
+use crate::time::{Duration, Time};
+
+/// Bounds on what one table takes in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Locks that one owner may hold and wait for, over all its requests. None: not counted.
+    pub locks_per_owner: Option<u32>,
+    /// Requests that may wait for one lock.
+    pub waiters_per_lock: u32,
+    /// Locks that may be held in all. What other sessions hold is known as of their last heartbeat, so this may be
+    /// overshot by what they took since.
+    pub locks: u32,
+    /// Requests that may wait in all, known as well as `locks`.
+    pub waiters: u32,
+    /// The longest TTL that a lease may have: a session that has been silent for longer is forgotten.
+    pub longest_ttl: Duration,
+}
+
+/// The rules of a policy that the table enforces.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rules {
+    /// What is known of each class of locks.
+    pub classes: Classes,
+    /// Bounds.
+    pub limits: Limits,
+}
+
+/// Where and when something happens.
+pub struct Scene<'a, S> {
+    /// Where the table is.
+    pub store: &'a S,
+    /// The rules that the request in question comes under.
+    pub rules: &'a Rules,
+    /// The moment, on the clock that all who share the table share.
+    pub now: Time,
+    /// The wall clock, in microseconds since 1970: the floor of new fences.
+    pub unix_micros: u64,
+}
+
+/// Something that happened to the table, to be counted or told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A request stands in a queue.
+    Queued {
+        /// Of this lock.
+        lock: LockName,
+    },
+    /// A waiter left a queue without a grant.
+    Left {
+        /// Of this lock.
+        lock: LockName,
+    },
+    /// A lock was granted.
+    Granted {
+        /// Which.
+        lock: LockName,
+        /// Whether to one that had stood in the queue.
+        queued: bool,
+    },
+    /// A lock was given back.
+    Released {
+        /// Which.
+        lock: LockName,
+        /// How long it was held.
+        held_for: Duration,
+    },
+    /// A grant ended by its TTL or hold limit before it was given back.
+    Expired {
+        /// Of this lock.
+        lock: LockName,
+        /// The entry that it was.
+        entry: Entry,
+        /// How long it was held.
+        held_for: Duration,
+    },
+}
+
+/// A waiter that was granted its lock and must be told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wake {
+    /// Where it lives.
+    pub session: SessionId,
+    /// Who it is.
+    pub lease: LeaseId,
+}
+
+/// What the caller has to do and to count after an operation.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Effects {
+    /// Whom to wake.
+    pub wakes: Vec<Wake>,
+    /// What happened, in order.
+    pub events: Vec<Event>,
+}
+
+/// What became of a request.
+#[derive(Debug)]
+pub enum Outcome {
+    /// It holds all its locks.
+    Granted(Lease),
+    /// It stands in a queue.
+    Waiting(Pending),
+    /// It holds nothing and stands nowhere.
+    Refused(Refusal),
+}
+
+/// What a sweep found in a bucket, after removing what had ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Census {
+    /// Locks that are held or waited for.
+    pub locks: u32,
+    /// Owners in the index.
+    pub owners: u32,
+}
+
+/// What could not be removed because the store failed, and is tried again.
+#[derive(Debug)]
+enum Debt {
+    Lock { name: LockName, lease: LeaseId },
+    Owner { owner: OwnerId, lease: LeaseId },
+}
+
+/// One worker's view of a table.
+#[derive(Debug)]
+pub struct Table {
+    me: SessionId,
+    sessions: Sessions,
+    fresh: bool,
+    load: Load,
+    effects: Effects,
+    debts: Vec<Debt>,
+}
+
+impl Default for Table {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Table {
+    /// The view of a worker that has no session: its leases live by [`Table::renew`].
+    pub fn new() -> Self {
+        Table {
+            me: SessionId::NONE,
+            sessions: Sessions::default(),
+            fresh: false,
+            load: Load::default(),
+            effects: Effects::default(),
+            debts: Vec::new(),
+        }
+    }
+
+    /// The session that the worker's leases hang on.
+    pub fn session(&self) -> SessionId {
+        self.me
+    }
+
+    /// All sessions, as last read.
+    pub fn sessions(&self) -> &Sessions {
+        &self.sessions
+    }
+
+    /// What the worker itself holds and waits for.
+    pub fn load(&self) -> Load {
+        self.load
+    }
+
+    /// What is to be done and counted since this was last called.
+    pub fn take_effects(&mut self) -> Effects {
+        core::mem::take(&mut self.effects)
+    }
+
+    /// Takes a request in: it is granted, refused, or waits.
+    pub fn acquire<S: Store>(&mut self, scene: &Scene<'_, S>, request: Request) -> Outcome {
+        self.fresh = false;
+        let mut claim = Claim::new(request);
+        let others = self.sessions.load_of_others(self.me, scene.now);
+        let locks = u64::from(self.load.locks) + u64::from(others.locks);
+        let wanted = u64::try_from(claim.request.wants.len()).unwrap_or(u64::MAX);
+        if locks.saturating_add(wanted) > u64::from(scene.rules.limits.locks) {
+            let cause = Cause::Limit { limit: Limit::Locks, value: u64::from(scene.rules.limits.locks) };
+            return self.refuse(scene, claim, cause);
+        }
+        let classes = &scene.rules.classes;
+        let ranked = claim.request.wants.iter().any(|want| classes.of(&want.name).rank.is_some());
+        if ranked || scene.rules.limits.locks_per_owner.is_some() {
+            match self.enlist(scene, &mut claim) {
+                Ok(None) => {}
+                Ok(Some((at, cause))) => return self.refuse_at(scene, claim, at, cause),
+                Err(error) => return self.refuse(scene, claim, error.into()),
+            }
+        }
+        self.advance(scene, claim, None)
+    }
+
+    /// Looks after a request that waits: it goes on waiting, or it is granted, or its time is up.
+    pub fn poll<S: Store>(&mut self, scene: &Scene<'_, S>, pending: Pending) -> Outcome {
+        self.fresh = false;
+        self.load.waiters = self.load.waiters.saturating_sub(1);
+        let stance = if scene.now < pending.deadline { Stance::Wait } else { Stance::Last };
+        self.advance(scene, pending.claim, Some(stance))
+    }
+
+    /// Ends a request that waits: whoever asked has gone.
+    pub fn cancel<S: Store>(&mut self, scene: &Scene<'_, S>, pending: Pending) {
+        self.fresh = false;
+        self.load.waiters = self.load.waiters.saturating_sub(1);
+        self.undo(scene, &pending.claim);
+    }
+
+    /// Gives a lease back. Says which of its locks had ended before.
+    pub fn release<S: Store>(&mut self, scene: &Scene<'_, S>, lease: Lease) -> Vec<LockName> {
+        self.fresh = false;
+        self.undo(scene, &lease.claim)
+    }
+
+    /// Takes lock after lock in order, until all are held or one has to be waited for or is refused.
+    fn advance<S: Store>(&mut self, scene: &Scene<'_, S>, mut claim: Claim, resumed: Option<Stance>) -> Outcome {
+        let mut stance = resumed.unwrap_or(Stance::Try);
+        while let Some(want) = claim.next().cloned() {
+            let deadline = claim.request.arrived + want.wait;
+            let owner = claim.request.owner.clone();
+            let taken = match self.take(scene, &claim, &want, stance) {
+                Ok(taken) => taken,
+                Err(error) => return self.refuse(scene, claim, error.into()),
+            };
+            match taken {
+                Taken::Granted { fence, until, over_waiters } => {
+                    claim.push(fence, until);
+                    self.load.locks += 1;
+                    // An upgrade that goes ahead of waiters draws edges from them to its owner. If that owner waits
+                    // elsewhere, in another request, they may close a cycle.
+                    if over_waiters && let Err(cause) = self.check_cycle(scene, &owner, None) {
+                        return self.refuse_at(scene, claim, None, cause);
+                    }
+                    stance = Stance::Try;
+                }
+                Taken::Queued { poll_at } => match self.check_cycle(scene, &owner, Some(claim.request.lease)) {
+                    Ok(()) => {
+                        self.load.waiters += 1;
+                        return Outcome::Waiting(Pending { claim, poll_at: poll_at.min(deadline), deadline });
+                    }
+                    Err(cause) => return self.refuse(scene, claim, cause),
+                },
+                Taken::Busy { holders, retry_after } if want.wait.is_zero() => {
+                    return self.refuse(scene, claim, Cause::Held { holders, retry_after });
+                }
+                Taken::Busy { holders, retry_after } if stance == Stance::Last || deadline <= scene.now => {
+                    let waited = scene.now.since(claim.request.arrived);
+                    return self.refuse(scene, claim, Cause::WaitTimeout { holders, waited, retry_after });
+                }
+                Taken::Busy { .. } => {
+                    if let Err(error) = self.publish(scene, &mut claim) {
+                        return self.refuse(scene, claim, error.into());
+                    }
+                    stance = Stance::Wait;
+                }
+                Taken::Full(limit, value) => return self.refuse(scene, claim, Cause::Limit { limit, value }),
+            }
+        }
+        Outcome::Granted(Lease { claim })
+    }
+
+    /// Removes what has ended from a queue. Before anybody's lease is ended for lack of heartbeats, the heartbeats
+    /// are read afresh. True if anything was removed.
+    fn reap<S: Store>(
+        &mut self,
+        scene: &Scene<'_, S>,
+        queue: &mut Queue,
+        events: &mut Vec<Event>,
+    ) -> Result<bool, StoreError> {
+        if !queue.has_ended(&self.sessions, scene.now) {
+            return Ok(false);
+        }
+        self.refresh(scene)?;
+        let ended = queue.reap(&self.sessions, scene.now);
+        let changed = !ended.is_empty();
+        for entry in ended {
+            let lock = queue.name.clone();
+            events.push(match entry.state {
+                State::Held { since, .. } => Event::Expired { lock, held_for: scene.now.since(since), entry },
+                State::Waiting { .. } => Event::Left { lock },
+            });
+        }
+        Ok(changed)
+    }
+
+    /// Reads the sessions, unless this operation has done so already.
+    fn refresh<S: Store>(&mut self, scene: &Scene<'_, S>) -> Result<(), StoreError> {
+        if !self.fresh {
+            (self.sessions, _) = scene.store.read::<Sessions>(0)?;
+            self.fresh = true;
+        }
+        Ok(())
+    }
+
+    /// Removes what has ended and the entry of `leaving`, and grants what can be granted.
+    fn tidy<S: Store>(
+        &mut self,
+        scene: &Scene<'_, S>,
+        queue: &mut Queue,
+        highest: &mut Fence,
+        leaving: Option<LeaseId>,
+        events: &mut Vec<Event>,
+    ) -> Result<Vec<Wake>, StoreError> {
+        self.reap(scene, queue, events)?;
+        if let Some(entry) = leaving.and_then(|lease| queue.remove(lease)) {
+            let lock = queue.name.clone();
+            events.push(match entry.state {
+                State::Held { since, .. } => Event::Released { lock, held_for: scene.now.since(since) },
+                State::Waiting { .. } => Event::Left { lock },
+            });
+        }
+        let permits = scene.rules.classes.of(&queue.name).permits;
+        let granted = queue.settle(permits, scene.now, Fence::floor(scene.unix_micros), highest);
+        events.extend(granted.iter().map(|_| Event::Granted { lock: queue.name.clone(), queued: true }));
+        Ok(self.addressed(queue, granted))
+    }
+
+    fn addressed(&self, queue: &Queue, leases: Vec<LeaseId>) -> Vec<Wake> {
+        let entries = leases.into_iter().filter_map(|lease| queue.entry(lease));
+        entries.map(|entry| Wake { session: entry.session, lease: entry.lease }).collect()
+    }
+
+    /// Removes one lease from one lock. False if it held nothing there any more.
+    fn give_back<S: Store>(&mut self, scene: &Scene<'_, S>, name: &LockName, lease: LeaseId) -> bool {
+        let bucket = scene.store.bucket(name.as_str());
+        let mut events = Vec::new();
+        let wakes = store::update(scene.store, bucket, |locks: &mut LockBucket| {
+            events.clear();
+            locks.with_queue(name, |queue, highest| {
+                let wakes = self.tidy(scene, queue, highest, Some(lease), &mut events)?;
+                Ok((wakes, Save::from(!events.is_empty())))
+            })
+        });
+        match wakes {
+            Ok(wakes) => {
+                let held = events.iter().any(|event| matches!(event, Event::Released { .. }));
+                self.effects.events.append(&mut events);
+                self.effects.wakes.extend(wakes);
+                held
+            }
+            Err(_) => {
+                self.debts.push(Debt::Lock { name: name.clone(), lease });
+                true
+            }
+        }
+    }
+
+    /// Gives back whatever a request has: its grants, its place in a queue, its items in the index. Says which of its
+    /// grants had ended before.
+    fn undo<S: Store>(&mut self, scene: &Scene<'_, S>, claim: &Claim) -> Vec<LockName> {
+        let lease = claim.request.lease;
+        if claim.is_published()
+            && let Some(want) = claim.next()
+        {
+            self.give_back(scene, &want.name, lease);
+        }
+        let mut ended = Vec::new();
+        for grant in claim.grants.iter().rev() {
+            self.load.locks = self.load.locks.saturating_sub(1);
+            if !self.give_back(scene, &grant.name, lease) {
+                ended.push(grant.name.clone());
+            }
+        }
+        if claim.indexed {
+            self.delist(scene, &claim.request.owner, lease);
+        }
+        ended
+    }
+
+    fn refuse<S: Store>(&mut self, scene: &Scene<'_, S>, claim: Claim, cause: Cause) -> Outcome {
+        let at = claim.next().cloned();
+        self.refuse_at(scene, claim, at, cause)
+    }
+
+    /// Refuses a request because of one lock, which is the last one it took where none is given.
+    fn refuse_at<S: Store>(&mut self, scene: &Scene<'_, S>, claim: Claim, at: Option<Want>, cause: Cause) -> Outcome {
+        self.undo(scene, &claim);
+        let last = claim.grants.len().saturating_sub(1);
+        let Some(want) = at.or_else(|| claim.request.wants.get(last).cloned()) else {
+            // A request for nothing has nothing that could be refused.
+            return Outcome::Granted(Lease { claim });
+        };
+        Outcome::Refused(Refusal { lock: want.name, mode: want.mode, owner: claim.request.owner, cause })
+    }
+
+    /// Looks for a cycle through the owner, and reads a found one a second time.
+    fn check_cycle<S: Store>(
+        &mut self,
+        scene: &Scene<'_, S>,
+        owner: &OwnerId,
+        by: Option<LeaseId>,
+    ) -> Result<(), Cause> {
+        // With old heartbeats a living lease could look ended, and its edge would be missed.
+        self.refresh(scene)?;
+        let mut reader = StoreReader { scene, sessions: &self.sessions };
+        match cycle::search(&mut reader, owner, by)? {
+            Search::Clear => Ok(()),
+            Search::Cycle(steps) if cycle::confirm(&mut reader, &steps)? => {
+                Err(Cause::Deadlock { cycle: cycle::edges(steps) })
+            }
+            // It was gone at the second look. Whoever closed it anew since has published before searching, and finds it.
+            Search::Cycle(_) => Ok(()),
+            Search::TooLong => {
+                let value = u64::try_from(cycle::MAX_OWNERS).unwrap_or(u64::MAX);
+                Err(Cause::Limit { limit: Limit::WaitChain, value })
+            }
+        }
+    }
+}
+
+impl From<StoreError> for Cause {
+    fn from(error: StoreError) -> Self {
+        Cause::Backend { detail: error.to_string() }
+    }
+}
+
+/// Reads the wait-for graph from a store, without what has ended.
+struct StoreReader<'a, 's, S> {
+    scene: &'a Scene<'s, S>,
+    sessions: &'a Sessions,
+}
+
+impl<S: Store> Reader for StoreReader<'_, '_, S> {
+    type Error = StoreError;
+
+    fn waits(&mut self, owner: &OwnerId) -> Result<Vec<LockName>, StoreError> {
+        let (owners, _) = self.scene.store.read::<OwnerBucket>(self.scene.store.bucket(owner.as_str()))?;
+        let waiting = owners.items(owner).iter().filter(|item| item.waiting);
+        Ok(waiting.map(|item| item.lock.clone()).collect())
+    }
+
+    fn queue(&mut self, lock: &LockName) -> Result<(Queue, u32), StoreError> {
+        let permits = self.scene.rules.classes.of(lock).permits;
+        let (locks, _) = self.scene.store.read::<LockBucket>(self.scene.store.bucket(lock.as_str()))?;
+        let mut queue = locks.queue(lock).cloned().unwrap_or_else(|| Queue::new(lock.clone()));
+        queue.reap(self.sessions, self.scene.now);
+        Ok((queue, permits))
+    }
+}

@@ -1,0 +1,168 @@
+//! What keeps a table in order while nobody asks for locks: heartbeats, renewals, sweeps, and second tries.
+
+use super::index::stands;
+use super::{Census, Debt, Scene, Table};
+use crate::fence::Fence;
+use crate::id::{OwnerId, SessionId};
+use crate::name::LockName;
+use crate::queue::{Entry, State};
+use crate::refusal::Loss;
+use crate::request::Lease;
+use crate::session::Sessions;
+use crate::store::{self, LockBucket, OwnerBucket, Save, Store, StoreError};
+
+impl Table {
+    /// The worker's heartbeat, which renews all its leases: joins when it has no session yet, or has lost it. Gives
+    /// back the session where it is a new one; all leases of an earlier one have ended or will.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn beat<S: Store>(&mut self, scene: &Scene<'_, S>, mailbox: u32) -> Result<Option<SessionId>, StoreError> {
+        let (me, load) = (self.me, self.load);
+        let (sessions, joined) = store::update(scene.store, 0, |sessions: &mut Sessions| {
+            let known = me != SessionId::NONE && sessions.beat(me, mailbox, load, scene.now);
+            let joined = if known { None } else { Some(sessions.join(mailbox, scene.now)) };
+            Ok(((sessions.clone(), joined), Save::Yes))
+        })?;
+        self.me = joined.unwrap_or(me);
+        self.sessions = sessions;
+        Ok(joined)
+    }
+
+    /// Asks to keep house (see [`Sessions::keep_house`]); a keeper also forgets sessions that are long dead.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn keep_house<S: Store>(&mut self, scene: &Scene<'_, S>, idle: bool) -> Result<bool, StoreError> {
+        if self.me == SessionId::NONE {
+            return Ok(false);
+        }
+        let (me, longest) = (self.me, scene.rules.limits.longest_ttl);
+        store::update(scene.store, 0, |sessions: &mut Sessions| {
+            let before = sessions.clone();
+            let keeps = sessions.keep_house(me, idle, scene.now);
+            if keeps {
+                sessions.forget(longest, scene.now);
+            }
+            Ok((keeps, Save::from(*sessions != before)))
+        })
+    }
+
+    /// Renews a lease that lives by its own renewals, and finds out of any lease whether it still holds all it was
+    /// granted: gives back the first lock that it lost, if it did. A lost lease must still be released.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn renew<S: Store>(
+        &mut self,
+        scene: &Scene<'_, S>,
+        lease: &Lease,
+    ) -> Result<Option<(LockName, Loss)>, StoreError> {
+        self.fresh = false;
+        self.refresh(scene)?;
+        for grant in lease.grants() {
+            let (bucket, id) = (scene.store.bucket(grant.name.as_str()), lease.id());
+            let held = store::update(scene.store, bucket, |locks: &mut LockBucket| {
+                let mut held = false;
+                let mut save = Save::No;
+                let ended = |entry: &Entry| entry.ends(&self.sessions) <= scene.now;
+                if locks.queue(&grant.name).and_then(|queue| queue.entry(id)).is_some_and(|entry| !ended(entry)) {
+                    held = locks.with_queue(&grant.name, |queue, _| match queue.entry_mut(id) {
+                        Some(Entry { session: SessionId::NONE, state: State::Held { renewed, .. }, .. }) => {
+                            *renewed = scene.now;
+                            save = Save::Yes;
+                            true
+                        }
+                        Some(entry) => entry.is_held(),
+                        None => false,
+                    });
+                }
+                Ok((held, save))
+            })?;
+            if !held {
+                let loss = if grant.until <= scene.now { Loss::HoldLimit } else { Loss::Expired };
+                return Ok(Some((grant.name.clone(), loss)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Removes what has ended from one bucket, grants what can then be granted, and counts what is left. Whoever
+    /// touches a lock does the same for that lock; this is for those that nobody touches.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn sweep<S: Store>(&mut self, scene: &Scene<'_, S>, bucket: u32) -> Result<Census, StoreError> {
+        self.fresh = false;
+        let mut events = Vec::new();
+        let mut wakes = Vec::new();
+        let locks = store::update(scene.store, bucket, |locks: &mut LockBucket| {
+            (events, wakes) = (Vec::new(), Vec::new());
+            let mut outcome = Ok(());
+            locks.with_queues(|queue, highest| {
+                let settled = self.tidy(scene, queue, highest, None, &mut events);
+                match settled {
+                    Ok(granted) => wakes.extend(granted),
+                    Err(error) => outcome = Err(error),
+                }
+            });
+            outcome?;
+            let left = u32::try_from(locks.queues().len()).unwrap_or(u32::MAX);
+            Ok((left, Save::from(!events.is_empty())))
+        })?;
+        self.effects.events.append(&mut events);
+        self.effects.wakes.append(&mut wakes);
+        let owners = store::update(scene.store, bucket, |owners: &mut OwnerBucket| {
+            let mut outcome = Ok(());
+            let changed = owners.retain(|_, item| {
+                let session = self.sessions.member(item.session);
+                let may_be_stale =
+                    item.session == SessionId::NONE || session.is_none_or(|member| !member.is_alive(scene.now));
+                if !may_be_stale {
+                    return true;
+                }
+                match stands(scene, &item.lock, item.lease) {
+                    Ok(stands) => stands,
+                    Err(error) => {
+                        outcome = Err(error);
+                        true
+                    }
+                }
+            });
+            outcome?;
+            Ok((u32::try_from(owners.holdings().len()).unwrap_or(u32::MAX), Save::from(changed)))
+        })?;
+        Ok(Census { locks, owners })
+    }
+
+    /// Tries again to remove what could not be removed when it should have been. True when nothing is left to do.
+    pub fn settle_debts<S: Store>(&mut self, scene: &Scene<'_, S>) -> bool {
+        for debt in core::mem::take(&mut self.debts) {
+            match debt {
+                Debt::Lock { name, lease } => drop(self.give_back(scene, &name, lease)),
+                Debt::Owner { owner, lease } => self.delist(scene, &owner, lease),
+            }
+        }
+        self.debts.is_empty()
+    }
+
+    /// The owner that holds a lock under this fence, if one does.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn holder_of<S: Store>(
+        &mut self,
+        scene: &Scene<'_, S>,
+        lock: &LockName,
+        fence: Fence,
+    ) -> Result<Option<OwnerId>, StoreError> {
+        self.fresh = false;
+        self.refresh(scene)?;
+        let (locks, _) = scene.store.read::<LockBucket>(scene.store.bucket(lock.as_str()))?;
+        let holder = locks.queue(lock).and_then(|queue| {
+            let under = |entry: &&Entry| matches!(entry.state, State::Held { fence: held, .. } if held == fence);
+            queue.holders().find(under).filter(|entry| entry.ends(&self.sessions) > scene.now)
+        });
+        Ok(holder.map(|entry| entry.owner.clone()))
+    }
+}
