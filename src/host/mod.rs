@@ -5,10 +5,16 @@
 //!
 //! # Whose stream a call acts on
 //! Header, property, resume and reply calls act on the *effective* context: the stream whose callback runs, or none in
-//! a root callback (tick, queue). To act on another stream use `within` (on `dyn Host`), which
-//! enters it and leaves it again whatever the closure does. A reply sent while a root is effective hangs the stream.
-//! Replies and resumes take effect only after the running callback has returned, so they never call back into the
-//! plugin while it runs.
+//! a root callback (tick, queue). To act on another stream use `within` (on `dyn Host`), which enters it and leaves it
+//! again whatever the closure does. Replies and resumes take effect only after the running callback has returned, so
+//! they never call back into the plugin while it runs.
+//!
+//! Three traps of Envoy (1.40, measured), none of which it answers with an error:
+//! - A reply or resume while a root is effective does nothing, and the stream that was meant hangs.
+//! - A reply to **another** stream from within a header or body callback pauses the stream whose callback runs, whatever
+//!   that callback returns, for ever: the host keeps one "stop" flag a VM. Reply to others from root callbacks only.
+//!   Resuming others is fine from anywhere.
+//! - Header values are not checked: a carriage return or line feed set here is forwarded. Set only what was encoded.
 
 #[cfg(target_arch = "wasm32")]
 pub mod envoy;
@@ -158,8 +164,8 @@ pub struct HostError {
 /// The proxy that the plugin runs in, as one VM sees it. Nothing here panics, and no status of the host is swallowed
 /// except where a method says so.
 pub trait Host {
-    /// The monotonic clock that all VMs of the process share, in microseconds since an origin that changes with the
-    /// machine's boot.
+    /// The monotonic clock, in microseconds since an origin that changes with the machine's boot. All VMs of the process
+    /// read the same one, so moments may be compared across them. Never steps back.
     fn now(&self) -> Time;
 
     /// The wall clock: microseconds since 1970. May step in either direction.
@@ -177,11 +183,19 @@ pub trait Host {
     /// Outside of it.
     fn configuration(&self) -> Result<Vec<u8>, HostError>;
 
-    /// The value of a header of the effective stream; none where it is absent. Any bytes.
+    /// The value of the **first** field of that name of the effective stream; none where it is absent. Any bytes.
     ///
     /// # Errors
-    /// Outside the phase of these headers, or without a stream.
+    /// `BadArgument` outside the phase of these headers, or without a stream. Request headers are there while the request
+    /// is, parked or not, until it is resumed; and again once the stream ends, or is answered locally.
     fn header(&self, headers: Headers, name: &str) -> Result<Option<Vec<u8>>, HostError>;
+
+    /// All fields of that name, joined by commas, as a List may be spread over them (RFC 9110, section 5.3); none where it
+    /// is absent. One call of the host where it is absent, two where it is there.
+    ///
+    /// # Errors
+    /// As [`Host::header`].
+    fn header_list(&self, headers: Headers, name: &str) -> Result<Option<Vec<u8>>, HostError>;
 
     /// Sets a header of the effective stream: all fields of that name become this one.
     ///
@@ -217,10 +231,12 @@ pub trait Host {
     /// Lets the parked request of the effective stream go on. Never together with [`Host::reply`].
     ///
     /// # Errors
-    /// Without a stream.
+    /// What the host says of it. Envoy says nothing of a root that is effective by mistake.
     fn resume(&self) -> Result<(), HostError>;
 
-    /// Answers the effective stream's request; once its response has begun, resets the stream instead.
+    /// Answers the effective stream's request; once its response has begun, resets the stream instead. The response
+    /// callbacks of the stream run for this answer too, and what they add to its headers is added. Mind the module's
+    /// traps.
     ///
     /// # Errors
     /// What the host says of it.
@@ -265,23 +281,24 @@ pub trait Host {
     /// Adds to a counter or a gauge. Adding 0 is not passed on.
     ///
     /// # Errors
-    /// `BadArgument` for an unknown metric, or a counter that would fall.
+    /// `NotFound` for an unknown metric, `BadArgument` for a counter that would fall. A gauge below 0 is no error: it
+    /// shows as a number near 2^64.
     fn add_metric(&self, metric: MetricId, by: i64) -> Result<(), HostError>;
 
     /// Records a value in a histogram.
     ///
     /// # Errors
-    /// `BadArgument` for an unknown metric.
+    /// `NotFound` for an unknown metric.
     fn record_metric(&self, metric: MetricId, value: u64) -> Result<(), HostError>;
 
     /// Reads a counter or a gauge.
     ///
     /// # Errors
-    /// `BadArgument` for an unknown metric or a histogram.
+    /// `NotFound` for an unknown metric, `BadArgument` for a histogram.
     fn read_metric(&self, metric: MetricId) -> Result<u64, HostError>;
 
-    /// Asks for ticks of the current root, one this span after the last; rounded up to whole milliseconds, at least
-    /// one.
+    /// Asks for ticks of the root of the effective context, one this span after the last; rounded up to whole
+    /// milliseconds, at least one. A new call replaces the running timer: the next tick is this span from now.
     ///
     /// # Errors
     /// What the host says of it.
