@@ -4,3 +4,4 @@
 
 pub mod annotation;
 pub mod host;
+pub mod telemetry;
