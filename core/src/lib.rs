@@ -29,5 +29,5 @@ pub use refusal::{Cause, Edge, Holder, Limit, Loss, Refusal};
 pub use request::{Grant, Lease, Pending, Request, Want};
 pub use session::{Load, Member, Sessions};
 pub use store::{Store, StoreError};
-pub use table::{Census, Effects, Event, Limits, Outcome, Rules, Scene, Table, Wake};
+pub use table::{Census, Effects, Event, Limits, Outcome, Rules, Scene, Table, Tally, Wake};
 pub use time::{Duration, Time};

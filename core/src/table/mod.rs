@@ -9,6 +9,8 @@ mod attempt;
 mod index;
 mod upkeep;
 
+use std::collections::BTreeMap;
+
 use attempt::{Stance, Taken};
 
 use crate::cycle::{self, Reader, Search};
@@ -126,13 +128,24 @@ pub enum Outcome {
     Refused(Refusal),
 }
 
-/// What a sweep found in a bucket, after removing what had ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+/// What sweeps found in the buckets they went through, after removing what had ended.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Census {
     /// Locks that are held or waited for.
-    pub locks: u32,
+    pub locks: u64,
     /// Owners in the index.
-    pub owners: u32,
+    pub owners: u64,
+    /// How often locks of a class are held and waited for.
+    pub classes: BTreeMap<String, Tally>,
+}
+
+/// How often the locks of one class are held and waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Tally {
+    /// Grants.
+    pub held: u64,
+    /// Waiters.
+    pub waiting: u64,
 }
 
 /// What could not be removed because the store failed, and is tried again.

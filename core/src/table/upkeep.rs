@@ -1,11 +1,11 @@
 //! What keeps a table in order while nobody asks for locks: heartbeats, renewals, sweeps, and second tries.
 
 use super::index::stands;
-use super::{Census, Debt, Scene, Table};
+use super::{Census, Debt, Scene, Table, Tally};
 use crate::fence::Fence;
 use crate::id::{OwnerId, SessionId};
 use crate::name::LockName;
-use crate::queue::{Entry, State};
+use crate::queue::{Entry, Queue, State};
 use crate::refusal::Loss;
 use crate::request::Lease;
 use crate::session::Sessions;
@@ -87,16 +87,21 @@ impl Table {
         Ok(None)
     }
 
-    /// Removes what has ended from one bucket, grants what can then be granted, and counts what is left. Whoever
+    /// Removes what has ended from one bucket, grants what can then be granted, and adds what is left to `census`. Whoever
     /// touches a lock does the same for that lock; this is for those that nobody touches.
     ///
     /// # Errors
     /// Those of the store.
-    pub fn sweep<S: Store>(&mut self, scene: &Scene<'_, S>, bucket: u32) -> Result<Census, StoreError> {
+    pub fn sweep<S: Store>(
+        &mut self,
+        scene: &Scene<'_, S>,
+        bucket: u32,
+        census: &mut Census,
+    ) -> Result<(), StoreError> {
         self.fresh = false;
         let mut events = Vec::new();
         let mut wakes = Vec::new();
-        let locks = store::update(scene.store, bucket, |locks: &mut LockBucket| {
+        let (locks, tallies) = store::update(scene.store, bucket, |locks: &mut LockBucket| {
             (events, wakes) = (Vec::new(), Vec::new());
             let mut outcome = Ok(());
             locks.with_queues(|queue, highest| {
@@ -107,8 +112,7 @@ impl Table {
                 }
             });
             outcome?;
-            let left = u32::try_from(locks.queues().len()).unwrap_or(u32::MAX);
-            Ok((left, Save::from(!events.is_empty())))
+            Ok((tally(locks), Save::from(!events.is_empty())))
         })?;
         self.effects.events.append(&mut events);
         self.effects.wakes.append(&mut wakes);
@@ -130,9 +134,16 @@ impl Table {
                 }
             });
             outcome?;
-            Ok((u32::try_from(owners.holdings().len()).unwrap_or(u32::MAX), Save::from(changed)))
+            Ok((count(owners.holdings().len()), Save::from(changed)))
         })?;
-        Ok(Census { locks, owners })
+        census.locks += locks;
+        census.owners += owners;
+        for (class, tally) in tallies {
+            let sum = census.classes.entry(class).or_default();
+            sum.held += tally.held;
+            sum.waiting += tally.waiting;
+        }
+        Ok(())
     }
 
     /// Tries again to remove what could not be removed when it should have been. True when nothing is left to do.
@@ -165,4 +176,17 @@ impl Table {
         });
         Ok(holder.map(|entry| entry.owner.clone()))
     }
+}
+
+/// The locks of a bucket, in all and by class.
+fn tally(bucket: &LockBucket) -> (u64, Vec<(String, Tally)>) {
+    let of = |queue: &Queue| {
+        let tally = Tally { held: count(queue.holders().count()), waiting: count(queue.waiters().count()) };
+        (queue.name.class().to_owned(), tally)
+    };
+    (count(bucket.queues().len()), bucket.queues().iter().map(of).collect())
+}
+
+fn count(things: usize) -> u64 {
+    u64::try_from(things).unwrap_or(u64::MAX)
 }
