@@ -146,7 +146,9 @@ impl State {
         }
         // Those that were granted together may arrive in any order; what excludes others may not be overtaken.
         let before = if exclusive(&new.mode) { &lock.highest } else { &lock.highest_exclusive };
-        let re_entry = |old: &Grant| old.fence == new.grant.fence && old.owner == new.grant.owner;
+        // So may one owner's requests that are inside together, which re-entry lets in at once.
+        let again = lock.inside.iter().any(|other| other.grant.owner == new.grant.owner);
+        let re_entry = |old: &Grant| old.owner == new.grant.owner && (again || old.fence == new.grant.fence);
         if let Some(old) = before.as_ref().filter(|old| old.fence >= new.grant.fence && !re_entry(old)) {
             let what = format!("{about}: on {name}, {} came after fence {} of {}", show(&new), old.fence, old.owner);
             self.suspicions.push(Suspicion { what, open: vec![id] });
@@ -244,4 +246,78 @@ fn member(entry: &ListEntry) -> Option<(String, i64, String)> {
     let fence = item.params.get("fence")?.as_integer()?;
     let mode = item.params.get("mode")?.as_token()?;
     Some((name.to_owned(), i64::from(fence), mode.as_str().to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn enter(checker: &Checker, owner: &str, fence: &str) -> Section {
+        let mut headers = HeaderMap::new();
+        headers.insert("x-request-id", owner.parse().unwrap());
+        headers.insert("lock-fence", fence.parse().unwrap());
+        checker.enter(&headers, owner)
+    }
+
+    #[tokio::test]
+    async fn one_after_the_other_with_rising_fences_is_clean() {
+        let checker = Checker::default();
+        enter(&checker, "a", "order/1;fence=1;mode=exclusive").leave().await;
+        enter(&checker, "b", "order/1;fence=2;mode=exclusive, \"7/x\";fence=1;mode=shared").leave().await;
+        checker.assert_clean();
+        assert_eq!(checker.sections(), 2);
+    }
+
+    #[tokio::test]
+    async fn an_overlap_is_a_violation_once_both_have_ended_by_themselves() {
+        let checker = Checker::default();
+        let a = enter(&checker, "a", "order/1;fence=1;mode=exclusive");
+        let b = enter(&checker, "b", "order/1;fence=2;mode=shared");
+        a.leave().await;
+        checker.assert_clean();
+        b.leave().await;
+        assert_eq!(checker.violations().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn an_overlap_with_an_abandoned_request_is_none() {
+        let checker = Checker::default();
+        let gone = enter(&checker, "a", "order/1;fence=1;mode=exclusive");
+        let b = enter(&checker, "b", "order/1;fence=2;mode=exclusive");
+        drop(gone);
+        b.leave().await;
+        checker.assert_clean();
+    }
+
+    #[tokio::test]
+    async fn what_may_be_together_may() {
+        let checker = Checker::default().permits("pool", 2);
+        let fences = [
+            ("a", "order/1;fence=2;mode=shared, pool;fence=1;mode=exclusive"),
+            ("b", "order/1;fence=1;mode=shared, pool;fence=2;mode=exclusive"),
+            ("a", "order/1;fence=2;mode=shared"),
+            ("c", "stock;fence=1;mode=intent-exclusive"),
+            ("d", "stock;fence=2;mode=intent-exclusive"),
+        ];
+        for section in fences.map(|(owner, fence)| enter(&checker, owner, fence)) {
+            section.leave().await;
+        }
+        checker.assert_clean();
+    }
+
+    #[tokio::test]
+    async fn too_many_at_once_falling_fences_and_no_list_are_violations() {
+        let checker = Checker::default().permits("pool", 2);
+        let all = ["1", "2", "3"].map(|n| enter(&checker, n, &format!("pool;fence={n};mode=exclusive")));
+        for section in all {
+            section.leave().await;
+        }
+        assert_eq!(checker.violations().len(), 1);
+        enter(&checker, "a", "order/1;fence=2;mode=exclusive").leave().await;
+        enter(&checker, "b", "order/1;fence=2;mode=exclusive").leave().await;
+        enter(&checker, "c", "order/1;fence=1;mode=shared").leave().await;
+        assert_eq!(checker.violations().len(), 3);
+        enter(&checker, "d", "order/1;fence=high").leave().await;
+        assert_eq!(checker.violations().len(), 4);
+    }
 }

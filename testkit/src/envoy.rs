@@ -298,7 +298,8 @@ impl Envoy {
         let rose = |now: &BTreeMap<String, u64>, name: &str| now.get(name) > before.get(name);
         loop {
             let now = self.stats().await?;
-            if rose(&now, "listener_manager.lds.update_rejected") {
+            // Rejected: a listener can't be made of it. Failure: it is no listener to begin with.
+            if ["update_rejected", "update_failure"].iter().any(|n| rose(&now, &format!("listener_manager.lds.{n}"))) {
                 return Ok(Update::Refused);
             }
             // The listener warms up first: it counts once its workers have it.

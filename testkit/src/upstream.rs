@@ -155,7 +155,12 @@ struct Shared {
 impl Upstream {
     /// Starts one that follows the script in each request's query.
     pub async fn start() -> Result<Self> {
-        Self::run(None).await
+        Self::run(None, Checker::default()).await
+    }
+
+    /// Starts one that follows the script, with a checker that knows of permits or watches other upstreams too.
+    pub async fn checked_by(checker: Checker) -> Result<Self> {
+        Self::run(None, checker).await
     }
 
     /// Starts one that asks `handler`. Requests are recorded all the same.
@@ -164,18 +169,13 @@ impl Upstream {
         F: Fn(Recorded) -> R + Send + Sync + 'static,
         R: Future<Output = Reply> + Send + 'static,
     {
-        Self::run(Some(Arc::new(move |request| Box::pin(handler(request))))).await
+        Self::run(Some(Arc::new(move |request| Box::pin(handler(request)))), Checker::default()).await
     }
 
-    async fn run(handler: Option<Handler>) -> Result<Self> {
+    async fn run(handler: Option<Handler>, checker: Checker) -> Result<Self> {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.context("cannot listen")?;
         let address = listener.local_addr()?;
-        let shared = Arc::new(Shared {
-            recorded: Mutex::default(),
-            open: watch::Sender::default(),
-            checker: Checker::default(),
-            handler,
-        });
+        let shared = Arc::new(Shared { recorded: Mutex::default(), open: watch::Sender::default(), checker, handler });
         let server = tokio::spawn(serve(listener, Arc::clone(&shared)));
         Ok(Self { address, shared, server })
     }

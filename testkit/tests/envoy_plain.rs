@@ -157,7 +157,8 @@ async fn listeners_from_a_file_change_while_envoy_runs() {
     assert_eq!(taken.await.unwrap(), Update::Taken);
     assert_eq!(client.get(&url).send().await.unwrap().status, 418);
     let refused = envoy.update_listeners(|listener| {
-        listener["filter_chains"][0]["filters"][0]["typed_config"]["http_filters"] = json!([]);
+        listener["filter_chains"][0]["filters"][0]["typed_config"]["http_filters"][0]["typed_config"]["@type"] =
+            json!("type.googleapis.com/no.such.Filter");
     });
     assert_eq!(refused.await.unwrap(), Update::Refused);
     assert_eq!(client.get(&url).send().await.unwrap().status, 418);
