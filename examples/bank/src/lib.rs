@@ -16,3 +16,17 @@ pub mod hop;
 pub mod ledger;
 pub mod locks;
 pub mod transfers;
+
+use std::io;
+
+pub use axum::Router;
+use tokio::net::TcpListener;
+
+/// Serves one of the services until `over` is.
+pub async fn serve(
+    listener: TcpListener,
+    router: Router,
+    over: impl Future<Output = ()> + Send + 'static,
+) -> io::Result<()> {
+    axum::serve(listener, router).with_graceful_shutdown(over).await
+}

@@ -77,5 +77,5 @@ async fn main() -> anyhow::Result<()> {
             std::future::pending::<()>().await;
         }
     };
-    axum::serve(listener, router).with_graceful_shutdown(interrupted).await.context("serve")
+    bank::serve(listener, router, interrupted).await.context("serve")
 }
