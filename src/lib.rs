@@ -4,4 +4,5 @@
 
 pub mod annotation;
 pub mod host;
+pub mod policy;
 pub mod telemetry;
