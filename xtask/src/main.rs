@@ -1,1 +1,67 @@
-fn main() {}
+//! `cargo xtask`: the one entry for people and CI. A module a command; what they share of tools is the testkit's.
+
+mod demo;
+mod lint;
+mod soak;
+mod test;
+mod wasm;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Builds, tests and shows Interlock.
+///
+/// Each command brings the tools it needs (Envoy, wasm-bindgen's test runner, Rust targets; Debian packages where it runs
+/// as root) and keeps them by version in the user's cache directory. What it can't bring it names, with the command that
+/// would.
+///
+/// ENVOY names an Envoy to use instead; INTERLOCK_WASM and INTERLOCK_FAULTS_WASM name plugins to test instead of those
+/// in dist/.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Show two services that deadlock through a real Envoy, and that do not with Interlock
+    Demo(demo::DemoArgs),
+    /// Test everything: natively, as wasm under Node, and in a real Envoy
+    Test(test::TestArgs),
+    /// Put mixed contended load on a real Envoy and check what the upstream sees
+    Soak(soak::SoakArgs),
+    /// Check format, lints and docs, for every target
+    Lint,
+    /// Build the plugin: dist/interlock.wasm, and dist/interlock-faults.wasm for tests
+    Wasm(wasm::WasmArgs),
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Task::Demo(args) => demo::run(args),
+        Task::Test(args) => test::run(&args),
+        Task::Soak(args) => soak::run(args),
+        Task::Lint => lint::run(),
+        Task::Wasm(args) => wasm::run(&args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        super::Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,168 @@
+//! `cargo xtask test`: every test there is, in stages, cheap ones first.
+//!
+//! A test target whose name begins with `envoy` needs a real Envoy, and one that begins with `wasm` the built plugin: both
+//! run after the plugin has been built. All others need nothing but Cargo.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use clap::{Args, ValueEnum};
+use interlock_testkit::tools;
+
+use crate::wasm::{self, WasmArgs};
+
+const CORE_TARGET: &str = "wasm32-unknown-unknown";
+const RUNNER_VARIABLE: &str = "CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_RUNNER";
+
+#[derive(Debug, Args)]
+pub struct TestArgs {
+    /// Run only this stage, with what it needs brought first; may be given several times
+    #[arg(long, value_name = "STAGE")]
+    only: Vec<Stage>,
+    /// How long the soak takes, in seconds
+    #[arg(long, default_value_t = 30)]
+    soak_seconds: u32,
+}
+
+/// A part of the tests. In the order they run in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Stage {
+    /// Bring the tools
+    Tools,
+    /// Everything that needs no Envoy, natively, doc tests too
+    Native,
+    /// The core's tests as wasm under Node
+    Core,
+    /// Build the plugin
+    Wasm,
+    /// The plugin's file, and the plugin in a real Envoy
+    Envoy,
+    /// Mixed contended load for a short while
+    Soak,
+}
+
+pub fn run(args: &TestArgs) -> Result<()> {
+    let wanted = |stage: &&Stage| args.only.is_empty() || args.only.contains(stage);
+    let mut report = Vec::new();
+    let mut failure = None;
+    for stage in Stage::value_variants().iter().filter(wanted) {
+        if failure.is_some() {
+            report.push((*stage, "not run", Duration::ZERO));
+            continue;
+        }
+        println!("\n== {}", stage.name());
+        let start = Instant::now();
+        let done = stage.run(args);
+        report.push((*stage, if done.is_ok() { "ok" } else { "FAILED" }, start.elapsed()));
+        failure = done.err().map(|e| e.context(format!("stage {}", stage.name())));
+    }
+    println!("\n{:<8} {:<8} {:>8}", "stage", "result", "seconds");
+    for (stage, result, took) in report {
+        println!("{:<8} {result:<8} {:>8.1}", stage.name(), took.as_secs_f64());
+    }
+    failure.map_or(Ok(()), Err)
+}
+
+impl Stage {
+    fn name(self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+
+    fn run(self, args: &TestArgs) -> Result<()> {
+        match self {
+            Stage::Tools => bring_tools(),
+            Stage::Native => native(),
+            Stage::Core => core(),
+            Stage::Wasm => wasm::run(&WasmArgs::default()),
+            Stage::Envoy => envoy(),
+            Stage::Soak => soak(args.soak_seconds),
+        }
+    }
+}
+
+fn bring_tools() -> Result<()> {
+    tools::rust_targets(&[wasm::TARGET, CORE_TARGET])?;
+    println!("node: {}", tools::node()?.display());
+    println!("envoy: {}", tools::envoy()?.display());
+    println!("wasm-bindgen-test-runner: {}", tools::wasm_bindgen_test_runner()?.display());
+    match tools::wasm_opt() {
+        Some(path) => println!("wasm-opt: {}", path.display()),
+        None => println!("wasm-opt: none, going on without it"),
+    }
+    Ok(())
+}
+
+fn native() -> Result<()> {
+    let plain = test_targets()?.into_iter().filter(|name| !needs_plugin(name));
+    let mut cargo = tools::cargo();
+    cargo.args(["test", "--workspace", "--lib", "--bins"]);
+    tools::run(cargo.args(plain.flat_map(|name| ["--test".to_owned(), name])))?;
+    tools::run(tools::cargo().args(["test", "--workspace", "--doc"]))
+}
+
+fn core() -> Result<()> {
+    tools::rust_targets(&[CORE_TARGET])?;
+    // The runner looks for node on PATH.
+    tools::node()?;
+    let mut cargo = tools::cargo();
+    cargo.args(["test", "--package", "interlock-core", "--lib", "--tests", "--target", CORE_TARGET]);
+    tools::run(cargo.env(RUNNER_VARIABLE, tools::wasm_bindgen_test_runner()?))
+}
+
+fn envoy() -> Result<()> {
+    let mut cargo = tools::cargo();
+    cargo.args(["test", "--package", "interlock", "--package", "interlock-testkit"]);
+    let names = test_targets()?.into_iter().filter(|name| needs_plugin(name));
+    tools::run(cargo.args(names.flat_map(|name| ["--test".to_owned(), name])).env("ENVOY", tools::envoy()?))
+}
+
+fn soak(seconds: u32) -> Result<()> {
+    // A process of its own, like a person's.
+    let mut soak = Command::new(std::env::current_exe()?);
+    tools::run(soak.args(["soak", "--seconds", &seconds.to_string()]).env("ENVOY", tools::envoy()?))
+}
+
+fn needs_plugin(test: &str) -> bool {
+    test.starts_with("envoy") || test.starts_with("wasm")
+}
+
+/// The names of the test targets of every package of the workspace, as Cargo finds them by itself.
+fn test_targets() -> Result<BTreeSet<String>> {
+    let mut names = BTreeSet::new();
+    for package in packages()? {
+        let Ok(entries) = fs::read_dir(package.join("tests")) else { continue };
+        for entry in entries {
+            let path = entry?.path();
+            if path.extension().is_some_and(|e| e == "rs") || path.join("main.rs").is_file() {
+                names.extend(path.file_stem().map(|name| name.to_string_lossy().into_owned()));
+            }
+        }
+    }
+    Ok(names)
+}
+
+/// The folders of the workspace's packages.
+fn packages() -> Result<Vec<PathBuf>> {
+    let root = tools::root();
+    let manifest = fs::read_to_string(root.join("Cargo.toml")).context("cannot read Cargo.toml")?;
+    let members = manifest.split_once("members = [").and_then(|(_, rest)| rest.split_once(']'));
+    let (members, _) = members.context("Cargo.toml has no list of members")?;
+    let quoted = members.split('"').skip(1).step_by(2);
+    Ok(quoted.map(|member| root.join(Path::new(member))).chain([root.clone()]).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_targets_are_found_in_every_package() {
+        let names = test_targets().unwrap();
+        assert!(names.contains("envoy_plain") && names.contains("wasm_imports"), "{names:?}");
+        assert!(packages().unwrap().iter().all(|package| package.join("Cargo.toml").is_file()));
+    }
+}

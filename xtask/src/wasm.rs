@@ -1,0 +1,93 @@
+//! `cargo xtask wasm`: the plugin, built for its host and made small.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use interlock_testkit::tools;
+
+/// The plugin's target: the one with randomness that Envoy serves.
+pub const TARGET: &str = "wasm32-wasip1";
+
+/// What rustc's output for [`TARGET`] may use. Named one by one: Debian's binaryen reads no feature section of today's
+/// compilers, and `--all-features` would let the optimizer write what Envoy's engine does not take.
+const FEATURES: [&str; 6] = [
+    "--enable-bulk-memory",
+    "--enable-sign-ext",
+    "--enable-mutable-globals",
+    "--enable-nontrapping-float-to-int",
+    "--enable-multivalue",
+    "--enable-reference-types",
+];
+
+#[derive(Debug, Default, Args)]
+pub struct WasmArgs {
+    /// Only type-check the plugin for its target, both ways; write nothing
+    #[arg(long)]
+    check: bool,
+}
+
+/// One way to build the plugin.
+struct Build {
+    file: &'static str,
+    features: &'static [&'static str],
+    /// Where it is built, below the target directory: builds with different features would else undo each other.
+    below: &'static str,
+}
+
+const BUILDS: [Build; 2] = [
+    Build { file: "interlock.wasm", features: &[], below: "" },
+    Build { file: "interlock-faults.wasm", features: &["--features", "fault-injection"], below: "faults" },
+];
+
+pub fn run(args: &WasmArgs) -> Result<()> {
+    tools::rust_targets(&[TARGET])?;
+    if args.check {
+        return BUILDS.iter().try_for_each(|build| tools::run(&mut build.cargo("check")));
+    }
+    let optimizer = tools::wasm_opt();
+    if optimizer.is_none() {
+        eprintln!("without wasm-opt the plugin is larger than it need be: apt-get install binaryen");
+    }
+    BUILDS.iter().try_for_each(|build| build.make(optimizer.as_deref()))
+}
+
+impl Build {
+    fn target_dir(&self) -> PathBuf {
+        let set = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+        let base = set("CARGO_TARGET_DIR").or_else(|| set("CARGO_BUILD_TARGET_DIR"));
+        tools::root().join(base.unwrap_or_else(|| "target".into())).join(self.below)
+    }
+
+    fn cargo(&self, command: &str) -> Command {
+        let mut cargo = tools::cargo();
+        cargo.args([command, "--release", "--package", "interlock", "--lib", "--target", TARGET, "--target-dir"]);
+        cargo.arg(self.target_dir()).args(self.features);
+        cargo
+    }
+
+    fn make(&self, optimizer: Option<&Path>) -> Result<()> {
+        tools::run(&mut self.cargo("build"))?;
+        let built = self.target_dir().join(TARGET).join("release/interlock.wasm");
+        let dist = tools::root().join("dist");
+        fs::create_dir_all(&dist)?;
+        // Renamed into place, so that an Envoy that starts meanwhile reads the old plugin or the new one.
+        let next = dist.join(format!("{}.{}", self.file, std::process::id()));
+        let optimized = optimizer.is_some_and(|optimizer| {
+            let mut command = Command::new(optimizer);
+            command.arg("-O3").args(FEATURES).arg(&built).arg("-o").arg(&next);
+            tools::run(&mut command).inspect_err(|e| eprintln!("keeping the plugin as rustc made it: {e:#}")).is_ok()
+        });
+        if !optimized {
+            fs::copy(&built, &next).with_context(|| format!("cannot copy {}", built.display()))?;
+        }
+        let out = dist.join(self.file);
+        fs::rename(&next, &out).with_context(|| format!("cannot write {}", out.display()))?;
+        let kib = |path: &Path| fs::metadata(path).map(|meta| meta.len().div_ceil(1024));
+        let how = if optimized { "optimized by wasm-opt" } else { "not optimized by wasm-opt" };
+        println!("dist/{}: {} KiB, {how} ({} KiB as rustc made it)", self.file, kib(&out)?, kib(&built)?);
+        Ok(())
+    }
+}
