@@ -10,13 +10,15 @@ use std::time::Duration;
 
 use ::bank::client::{Outcome, Retry};
 use anyhow::{Context, Result, bail};
-use interlock_testkit::{EnvoyConfig, stats};
+use clap::Args;
+use interlock_testkit::{EnvoyConfig, stats, tools};
 use serde_json::json;
 
 use self::bank::Bank;
 use self::cast::Job;
 use self::screen::Screen;
 use self::tally::Tally;
+use crate::wasm;
 
 /// What each account opens with, in cents.
 const OPENING: u64 = 100_000;
@@ -46,11 +48,30 @@ impl Act {
     }
 }
 
-/// Plays the three acts with the plugin and the Envoy that are there.
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// How often every account pays every other one; all transfers start at once
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=8))]
+    rounds: u8,
+    /// Use the plugin that is there instead of building it
+    #[arg(long)]
+    no_build: bool,
+}
+
+/// Builds the plugin and plays the three acts.
 ///
 /// # Errors
-/// When something could not be started, or an act did not go as it must.
-pub fn play(rounds: usize) -> Result<()> {
+/// When something could not be built or started, or an act did not go as it must.
+pub fn run(args: DemoArgs) -> Result<()> {
+    if !args.no_build && std::env::var_os("INTERLOCK_WASM").is_none() {
+        wasm::run(&wasm::WasmArgs::default())?;
+    }
+    // Before the curtain: the first time this may download an Envoy.
+    println!("Envoy: {}", tools::envoy()?.display());
+    play(usize::from(args.rounds))
+}
+
+fn play(rounds: usize) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
         let screen = Screen::new();
