@@ -3,6 +3,7 @@
 //! The rules about locks live in [`interlock_core`]; what the host is asked lives in `host`.
 
 pub mod annotation;
+pub mod answer;
 pub mod host;
 pub mod policy;
 pub mod telemetry;

@@ -35,7 +35,7 @@ pub fn parse(text: &str) -> Result<Duration, &'static str> {
     let mut micros = whole.parse::<u64>().ok().and_then(|whole| whole.checked_mul(micros_per_unit)).ok_or(TOO_LONG)?;
     let mut unit = micros_per_unit;
     for digit in fraction.bytes().map(|byte| u64::from(byte.saturating_sub(b'0'))) {
-        if unit % 10 != 0 && digit != 0 {
+        if digit != 0 && (unit == 0 || !unit.is_multiple_of(10)) {
             return Err(TOO_FINE);
         }
         unit /= 10;
@@ -88,7 +88,7 @@ mod tests {
         for text in ["25h", "99999999999999999999s", "18446744073709551615h", "86400.1s"] {
             assert!(parse(text).unwrap_err().starts_with("is too long"), "{text}");
         }
-        for text in ["0.5us", "1.0000001s"] {
+        for text in ["0.5us", "1.0000001s", "1.00000001s", "0.001us"] {
             assert!(parse(text).unwrap_err().starts_with("is finer"), "{text}");
         }
     }
