@@ -97,6 +97,11 @@ impl EnvoyConfig {
         }
     }
 
+    /// The bootstrap as it is so far.
+    pub fn bootstrap(&self) -> &Value {
+        &self.bootstrap
+    }
+
     /// The number of worker threads. Default: 2.
     pub fn concurrency(mut self, workers: u32) -> Self {
         self.concurrency = workers;
@@ -122,19 +127,38 @@ impl EnvoyConfig {
         self
     }
 
-    /// The policy, in place of the one that ships (as a Struct, as it ships).
+    /// The policy, in place of the one that ships, as JSON text: the plugin gets these very bytes.
     pub fn policy(self, policy: Value) -> Self {
-        self.configuration(json!({ "@type": "type.googleapis.com/google.protobuf.Struct", "value": policy }))
+        self.policy_text(&policy.to_string())
     }
 
     /// The policy as a text, which may be no policy and no JSON.
     pub fn policy_text(self, text: &str) -> Self {
-        self.configuration(json!({ "@type": "type.googleapis.com/google.protobuf.StringValue", "value": text }))
+        self.configuration(string_value(text))
     }
 
-    /// Changes the policy that is there.
+    /// The policy as a Struct, which Envoy hands to the plugin in protobuf's encoding.
+    pub fn policy_struct(self, policy: Value) -> Self {
+        self.configuration(json!({ "@type": "type.googleapis.com/google.protobuf.Struct", "value": policy }))
+    }
+
+    /// Changes the policy that is there and leaves it the type it has.
+    ///
+    /// # Panics
+    /// When it is a text that is not JSON.
     pub fn patch_policy(self, mut patch: impl FnMut(&mut Value)) -> Self {
-        self.patch_plugin(|config| patch(&mut config["configuration"]["value"]))
+        self.patch_plugin(|config| {
+            let value = &mut config["configuration"]["value"];
+            match value.as_str() {
+                None => patch(value),
+                Some(text) => {
+                    let mut policy =
+                        serde_json::from_str(text).unwrap_or_else(|e| panic!("the policy is not JSON: {e}"));
+                    patch(&mut policy);
+                    *value = json!(policy.to_string());
+                }
+            }
+        })
     }
 
     /// The plugin's file. Default: [`tools::plugin_wasm`].
@@ -320,6 +344,11 @@ pub(crate) fn discovery_response(listeners: &Value, version: u64) -> Value {
         listener
     };
     json!({ "version_info": version.to_string(), "resources": listeners.into_iter().map(typed).collect::<Vec<_>>() })
+}
+
+/// A text as a plugin's configuration.
+pub(crate) fn string_value(text: &str) -> Value {
+    json!({ "@type": "type.googleapis.com/google.protobuf.StringValue", "value": text })
 }
 
 /// Calls `patch` with the `typed_config.config` of every filter of ours in `listener`.

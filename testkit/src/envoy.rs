@@ -13,7 +13,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::client::Client;
-use crate::config::{EnvoyConfig, LDS_FILE, discovery_response, each_plugin};
+use crate::config::{EnvoyConfig, LDS_FILE, discovery_response, each_plugin, string_value};
 use crate::stats::{self, Sample};
 use crate::wait::{DEADLINE, wait_for_async};
 use crate::{process, tools};
@@ -40,7 +40,8 @@ pub struct Envoy {
 /// What became of an update of the listeners.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Update {
-    /// Envoy runs the new configuration; connections made before keep the old one until they close.
+    /// Envoy runs the new configuration. Its workers follow within a moment; connections made before keep the old one
+    /// until they close (or until Envoy's `--drain-time-s` is over).
     Taken,
     /// Envoy refused it and keeps what it had.
     Refused,
@@ -273,11 +274,8 @@ impl Envoy {
     /// When Envoy says neither in time.
     pub async fn update_policy(&mut self, policy: &Value) -> Result<Update> {
         self.update_listeners(|listener| {
-            each_plugin(listener, &mut |config| {
-                config["configuration"] = serde_json::json!({
-                    "@type": "type.googleapis.com/google.protobuf.Struct", "value": policy,
-                });
-            });
+            let text = policy.to_string();
+            each_plugin(listener, &mut |config| config["configuration"] = string_value(&text));
         })
         .await
     }
