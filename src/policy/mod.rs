@@ -19,7 +19,7 @@ mod tests_rules;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use interlock_core::{Classes, LockName, Mode};
+use interlock_core::{Classes, Mode, Want};
 
 pub use duration::LONGEST;
 pub use keys::{BadSignature, Keys};
@@ -143,21 +143,6 @@ pub struct Limits {
     pub waiters: u32,
 }
 
-/// A lock as it is asked of a backend: nothing is left unsaid, and all is within the policy's limits.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Ask {
-    /// Which lock.
-    pub name: LockName,
-    /// In which mode.
-    pub mode: Mode,
-    /// The longest time to stand in its queue.
-    pub wait: Duration,
-    /// How long the grant outlives its last renewal.
-    pub ttl: Duration,
-    /// The longest total time that the grant may be renewed for.
-    pub hold: Duration,
-}
-
 /// A configuration of the plugin, valid as a whole.
 #[derive(Clone, Debug)]
 pub struct Policy {
@@ -202,9 +187,9 @@ impl Policy {
 
     /// Fills in what was left unsaid, and brings what was said within the limits: a wait is at most `max_wait`, a TTL lies
     /// between [`MIN_TTL`] and `max_ttl`, a hold limit between the TTL and [`LONGEST`].
-    pub fn ask(&self, wanted: Wanted) -> Ask {
+    pub fn ask(&self, wanted: Wanted) -> Want {
         let ttl = wanted.ttl.unwrap_or(self.defaults.ttl).min(self.limits.max_ttl).max(MIN_TTL);
-        Ask {
+        Want {
             name: wanted.name,
             mode: wanted.mode.unwrap_or(self.defaults.mode),
             wait: wanted.wait.unwrap_or(self.defaults.wait).min(self.limits.max_wait),

@@ -142,6 +142,11 @@ impl Pattern {
         route
     }
 
+    /// Whether a capture has text behind it in its segment.
+    pub(super) fn has_suffix(&self) -> bool {
+        self.segments.iter().any(|segment| matches!(segment, Segment::Capture { suffix, .. } if !suffix.is_empty()))
+    }
+
     /// For sorting: the more exact pattern first.
     pub(super) fn exactness(&self) -> impl Ord {
         self.segments.iter().map(Segment::exactness).collect::<Vec<_>>()

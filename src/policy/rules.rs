@@ -103,7 +103,7 @@ impl Match<'_> {
 /// Rules of one path shape.
 #[derive(Clone, Debug)]
 struct Shape {
-    /// This shape alone, for when it is not the most exact one.
+    /// Matches this shape alone.
     router: Router<()>,
     rules: Vec<usize>,
 }
@@ -111,8 +111,9 @@ struct Shape {
 /// The rules that can match requests of one method.
 #[derive(Clone, Debug, Default)]
 struct Table {
-    /// Finds the most exact shape.
-    router: Router<usize>,
+    /// Finds the first shape that matches, without trying them one by one. None where a segment has a suffix:
+    /// matchit 0.9 does not come back from one when the rest of the path does not match, and overlooks other shapes.
+    router: Option<Router<usize>>,
     /// All shapes, the most exact first.
     shapes: Vec<Shape>,
     /// Rules without a path.
@@ -167,17 +168,14 @@ impl Rules {
         let mut facts = Facts { lookup, headers: Vec::new(), route: None };
         if !table.shapes.is_empty() {
             let path = normalize(lookup.path);
-            if let Ok(hit) = table.router.at(&path) {
-                // Mostly one of the most exact shape's rules matches, and nothing else is looked at.
-                let exact = *hit.value;
-                let most_exact = table.shapes.get(exact).map(|shape| (shape, hit.params));
-                let others = table.shapes.iter().enumerate().filter(|(index, _)| *index != exact);
-                let others = others.filter_map(|(_, shape)| shape.router.at(&path).ok().map(|hit| (shape, hit.params)));
-                for (shape, params) in most_exact.into_iter().chain(others) {
-                    if let Some(rule) = self.first(&shape.rules, &mut facts) {
-                        let captures = params.iter().map(|(_, value)| value.to_owned()).collect();
-                        return Some(Match { rule, captures });
-                    }
+            // No shape before the one that the router finds matches the path.
+            let first = table.router.as_ref().map_or(0, |router| router.at(&path).map_or(usize::MAX, |hit| *hit.value));
+            for shape in table.shapes.iter().skip(first) {
+                if let Ok(hit) = shape.router.at(&path)
+                    && let Some(rule) = self.first(&shape.rules, &mut facts)
+                {
+                    let captures = hit.params.iter().map(|(_, value)| value.to_owned()).collect();
+                    return Some(Match { rule, captures });
                 }
             }
         }
@@ -232,11 +230,15 @@ impl Table {
         refuse_ambiguous(rules, &routes)?;
         let mut order: Vec<usize> = (0..shapes.len()).collect();
         order.sort_by_key(|written| shapes.get(*written).map(|(pattern, _)| pattern.exactness()));
-        // Whether matchit takes a route can hang on the order they come in: the one that was just tried.
-        for (written, (route, rule)) in routes.iter().enumerate() {
-            let cannot = |error| PolicyError::new(place(*rule), format!("is no path: {error}"));
-            let exact = order.iter().position(|index| *index == written).unwrap_or_default();
-            table.router.insert(route, exact).map_err(cannot)?;
+        if !shapes.iter().any(|(pattern, _)| pattern.has_suffix()) {
+            let mut router = Router::new();
+            // Whether matchit takes a route can hang on the order they come in: the one that was just tried.
+            for (written, (route, rule)) in routes.iter().enumerate() {
+                let cannot = |error| PolicyError::new(place(*rule), format!("is no path: {error}"));
+                let exact = order.iter().position(|index| *index == written).unwrap_or_default();
+                router.insert(route, exact).map_err(cannot)?;
+            }
+            table.router = Some(router);
         }
         for written in order {
             if let (Some((route, rule)), Some((_, same))) = (routes.get(written), shapes.get(written)) {

@@ -163,6 +163,18 @@ fn when_an_exact_rule_says_no_the_next_has_its_turn() {
 }
 
 #[test]
+fn a_suffix_that_leads_nowhere_hides_no_other_path() {
+    let rules = rules(&[
+        ("json", json!({ "path": "/{x}.json/meta" })),
+        ("tail", json!({ "path": "/{x}/{*rest}" })),
+        ("one", json!({ "path": "/{x}" })),
+    ]);
+    assert_eq!(meets(&rules, "GET", "/a.json/meta").as_deref(), Some("json"));
+    assert_eq!(meets(&rules, "GET", "/a.json/other").as_deref(), Some("tail"));
+    assert_eq!(meets(&rules, "GET", "/a.json").as_deref(), Some("one"));
+}
+
+#[test]
 fn a_rule_that_no_request_reaches_is_refused() {
     let by = |earlier: usize, name: &str, rule: usize| {
         format!(
