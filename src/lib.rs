@@ -4,6 +4,13 @@
 
 pub mod annotation;
 pub mod answer;
+pub mod backend;
+pub mod filter;
 pub mod host;
 pub mod policy;
 pub mod telemetry;
+
+#[cfg(target_arch = "wasm32")]
+mod entry;
+#[cfg(feature = "fault-injection")]
+mod fault;

@@ -126,6 +126,12 @@ impl Telemetry {
         }
     }
 
+    /// Whoever waited for a lock of that class has gone after that wait.
+    pub fn cancelled(&self, host: &dyn Host, class: &str, waited: Duration) {
+        self.count(host, Family::Acquire, class, "cancelled", "");
+        self.record(host, Family::Wait, self.label(class), waited);
+    }
+
     /// What enforcement would have done to a lock of that class; `reason` is empty where it would have been granted.
     pub fn audit(&self, host: &dyn Host, class: &str, outcome: &'static str, reason: &'static str) {
         self.count(host, Family::Audit, class, outcome, reason);
@@ -150,11 +156,7 @@ impl Telemetry {
 
     /// A lease on a lock of that class ended while its request was upstream.
     pub fn lease_lost(&self, host: &dyn Host, class: &str, loss: Loss) {
-        let reason = match loss {
-            Loss::HoldLimit => "hold-limit",
-            Loss::Expired => "expired",
-        };
-        self.count(host, Family::LeaseLost, class, "", reason);
+        self.count(host, Family::LeaseLost, class, "", loss.as_str());
     }
 
     /// The lease backend took that long for one operation.

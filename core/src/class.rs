@@ -55,6 +55,11 @@ impl Classes {
         self.0.contains_key(class)
     }
 
+    /// The names of the classes that the policy declares.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.keys().map(String::as_str)
+    }
+
     /// The global order: rising rank, then name. Classes without a rank come last; for them it only serves to take
     /// the locks of one request in one order.
     pub fn order(&self, a: &LockName, b: &LockName) -> Ordering {

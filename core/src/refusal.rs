@@ -72,6 +72,16 @@ pub enum Loss {
     Expired,
 }
 
+impl Loss {
+    /// The loss in metrics and logs.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Loss::HoldLimit => "hold-limit",
+            Loss::Expired => "expired",
+        }
+    }
+}
+
 /// Why one lock of a request was not granted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Cause {

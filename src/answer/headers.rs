@@ -25,6 +25,13 @@ pub enum Outcome<'a> {
         /// How long it waited for them.
         wait: Duration,
     },
+    /// It had its locks, and lost one while it was upstream; the rule let it go on.
+    Lost {
+        /// The lock that it lost.
+        lock: &'a LockName,
+    },
+    /// The backend failed, and the rule let it go on without locks.
+    Unlocked,
     /// It was refused.
     Refused {
         /// The slug of the cause.
@@ -48,6 +55,8 @@ pub fn lock_status(instance: &str, outcome: &Outcome<'_>) -> String {
     let (word, reason, lock, wait) = match *outcome {
         Outcome::Acquired { wait } => ("acquired", None, None, Some(wait)),
         Outcome::Refused { reason, lock } => ("refused", Some(reason), lock, None),
+        Outcome::Lost { lock } => ("lost", Some("lease-lost"), Some(lock), None),
+        Outcome::Unlocked => ("unlocked", Some("backend-unavailable"), None, None),
         Outcome::Audit { reason, lock, wait } => ("audit", reason, lock, wait),
     };
     let mut list = ListSerializer::new();

@@ -16,6 +16,8 @@ const HOLDERS_LOGGED: usize = 32;
 pub enum Incident {
     /// A request did not get its locks.
     Refused,
+    /// A request under audit would not have got its locks.
+    WouldRefuse,
     /// A lease ended while its request was upstream.
     LeaseLost,
     /// A lease was not renewed, and ended.
@@ -26,7 +28,7 @@ impl Incident {
     /// A refusal is the lock manager at work; the other two need someone to look.
     const fn level(self) -> Level {
         match self {
-            Incident::Refused => Level::Info,
+            Incident::Refused | Incident::WouldRefuse => Level::Info,
             Incident::LeaseLost | Incident::LeaseExpired => Level::Warn,
         }
     }

@@ -1,0 +1,161 @@
+//! What the SDK calls: contexts of Envoy become calls of [`Runtime`]. Nothing is decided here.
+//!
+//! State is the VM's, not a context's: it is found by instance, so that a new root of a changed configuration takes it
+//! over. It is never borrowed twice: replies and resumes take effect after the callback that asked for them.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use proxy_wasm::traits::{Context, HttpContext, RootContext};
+use proxy_wasm::types::{Action, ContextType, LogLevel};
+
+use crate::filter::{Active, Flow, Runtime};
+use crate::host::envoy::Envoy;
+use crate::host::{ContextId, Host, Level, QueueId};
+use crate::policy::Policy;
+
+type Shared = Rc<RefCell<Runtime>>;
+
+thread_local! {
+    /// The instances that live in this VM.
+    static INSTANCES: RefCell<BTreeMap<String, Shared>> = const { RefCell::new(BTreeMap::new()) };
+}
+
+static HOST: Envoy = Envoy;
+
+proxy_wasm::main! {{
+    proxy_wasm::set_log_level(LogLevel::Trace);
+    proxy_wasm::set_root_context(|_| Box::new(Root::default()));
+}}
+
+/// One configuration of the filter.
+#[derive(Default)]
+struct Root {
+    running: Option<(Rc<Active>, Shared)>,
+}
+
+impl Root {
+    fn configure(&mut self) -> Result<(), String> {
+        let json = HOST.configuration().map_err(|error| error.to_string())?;
+        let policy = Policy::parse(&json, &|name| std::env::var(name).ok()).map_err(|error| error.to_string())?;
+        let instance = policy.instance.clone();
+        let active = Rc::new(Active::new(policy));
+        let known = INSTANCES.with(|instances| instances.try_borrow().ok().and_then(|all| all.get(&instance).cloned()));
+        let runtime = match known {
+            Some(runtime) => {
+                let mut borrowed = runtime.try_borrow_mut().map_err(|error| error.to_string())?;
+                borrowed.reconfigure(&HOST, Rc::clone(&active)).map_err(|error| error.to_string())?;
+                drop(borrowed);
+                runtime
+            }
+            None => {
+                let runtime = Runtime::open(&HOST, Rc::clone(&active)).map_err(|error| error.to_string())?;
+                let runtime = Rc::new(RefCell::new(runtime));
+                INSTANCES.with(|instances| match instances.try_borrow_mut() {
+                    Ok(mut all) => drop(all.insert(instance, Rc::clone(&runtime))),
+                    Err(_) => HOST.log(Level::Critical, "interlock: the instances of this VM are in use"),
+                });
+                runtime
+            }
+        };
+        HOST.set_tick(interlock_core::session::BEAT).map_err(|error| error.to_string())?;
+        self.running = Some((active, runtime));
+        Ok(())
+    }
+}
+
+impl Context for Root {}
+
+impl RootContext for Root {
+    fn on_configure(&mut self, _: usize) -> bool {
+        let configured = self.configure();
+        if let Err(problem) = &configured {
+            HOST.log(Level::Critical, &format!("interlock: the policy is refused: {problem}"));
+        }
+        configured.is_ok()
+    }
+
+    fn on_tick(&mut self) {
+        // All instances of the VM: one whose last root has gone still has streams to end and gauges to bring down.
+        let all =
+            INSTANCES.with(|instances| instances.try_borrow().map(|all| all.values().cloned().collect::<Vec<_>>()));
+        for runtime in all.into_iter().flatten() {
+            with(&runtime, |runtime| runtime.tick(&HOST));
+        }
+    }
+
+    fn on_queue_ready(&mut self, queue: u32) {
+        if let Some((_, runtime)) = &self.running {
+            with(runtime, |runtime| runtime.queue_ready(&HOST, QueueId(queue)));
+        }
+    }
+
+    fn create_http_context(&self, id: u32) -> Option<Box<dyn HttpContext>> {
+        Some(Box::new(Stream { id: ContextId(id), running: self.running.clone() }))
+    }
+
+    fn get_type(&self) -> Option<ContextType> {
+        Some(ContextType::HttpContext)
+    }
+}
+
+/// One request.
+struct Stream {
+    id: ContextId,
+    running: Option<(Rc<Active>, Shared)>,
+}
+
+impl Stream {
+    fn with<T>(&self, act: impl FnOnce(&mut Runtime, &Rc<Active>) -> T) -> Option<T> {
+        let (active, runtime) = self.running.as_ref()?;
+        with(runtime, |runtime| act(runtime, active))
+    }
+
+    fn request_body(&self) -> Action {
+        action(self.with(|runtime, _| runtime.request_body(&HOST, self.id)))
+    }
+}
+
+impl Context for Stream {}
+
+impl HttpContext for Stream {
+    fn on_http_request_headers(&mut self, _: usize, _: bool) -> Action {
+        #[cfg(feature = "fault-injection")]
+        crate::fault::inject(&HOST);
+        action(self.with(|runtime, active| runtime.request_headers(&HOST, self.id, active)))
+    }
+
+    fn on_http_request_body(&mut self, _: usize, _: bool) -> Action {
+        self.request_body()
+    }
+
+    fn on_http_request_trailers(&mut self, _: usize) -> Action {
+        self.request_body()
+    }
+
+    fn on_http_response_headers(&mut self, _: usize, _: bool) -> Action {
+        self.with(|runtime, _| runtime.response_headers(&HOST, self.id));
+        Action::Continue
+    }
+
+    fn on_log(&mut self) {
+        self.with(|runtime, _| runtime.end(&HOST, self.id));
+    }
+}
+
+fn with<T>(runtime: &Shared, act: impl FnOnce(&mut Runtime) -> T) -> Option<T> {
+    let Ok(mut runtime) = runtime.try_borrow_mut() else {
+        HOST.log(Level::Critical, "interlock: called back while it was at work");
+        return None;
+    };
+    Some(act(&mut runtime))
+}
+
+/// What the host is told. Where there is no answer the request is not let through without its locks.
+fn action(flow: Option<Flow>) -> Action {
+    match flow {
+        Some(Flow::Continue) => Action::Continue,
+        Some(Flow::Stop) | None => Action::Pause,
+    }
+}

@@ -1,0 +1,86 @@
+//! The `lock-fence` header: own grants for the upstream, and the fences of earlier hops that are passed on.
+//!
+//! A fence from outside counts only if it is signed with one of the policy's keys, for this very owner.
+
+use interlock_core::{Lease, LeaseId, OwnerId, Rules, StoreError};
+
+use super::stream::Case;
+use crate::annotation::owner;
+use crate::answer::headers::{self, FenceMember};
+use crate::backend::local::Local;
+use crate::host::{Headers, Host};
+use crate::policy::Policy;
+
+/// A fence of an earlier hop that verifies.
+pub type Carried = FenceMember;
+
+/// The inbound fences of the effective stream's request that verify and belong to its owner. Nothing is read without
+/// keys, since nothing could verify.
+pub fn verified(host: &dyn Host, policy: &Policy) -> Vec<Carried> {
+    if policy.keys.is_empty() {
+        return Vec::new();
+    }
+    let Ok(Some(inbound)) = host.header_list(Headers::Request, "lock-fence") else { return Vec::new() };
+    let header = |name: &str| host.header_list(Headers::Request, name).ok().flatten();
+    let Some(owner) = owner::find(&policy.owner_from, header) else { return Vec::new() };
+    let now = host.unix_micros() / 1000;
+    let mut members = headers::parse_lock_fence([inbound.as_slice()]).unwrap_or_default();
+    members.retain(|member| {
+        let signed = member.sig.as_deref();
+        signed.is_some_and(|sig| policy.keys.verify(&member.name, member.fence, &owner, sig, now).is_ok())
+    });
+    members
+}
+
+/// The fences of a lease's grants, of those that were asked for.
+pub fn of(host: &dyn Host, case: &Case, lease: &Lease) -> Vec<FenceMember> {
+    let keys = &case.active.policy.keys;
+    let asked = lease.grants().iter().filter(|grant| grant.asked);
+    let member = |grant: &interlock_core::Grant| {
+        // A fence is good for as long as its grant can be renewed.
+        let left = grant.until.since(host.now());
+        let expiry = u64::try_from(left.as_millis()).unwrap_or(u64::MAX).saturating_add(host.unix_micros() / 1000);
+        let owner = case.owner.as_ref();
+        FenceMember {
+            name: grant.name.clone(),
+            fence: grant.fence,
+            mode: grant.mode,
+            sig: owner.and_then(|owner| keys.sign(&grant.name, grant.fence, owner, expiry)),
+        }
+    };
+    asked.map(member).collect()
+}
+
+/// Sets the header of the effective stream's request: own fences, then those of earlier hops for other locks.
+pub fn forward(host: &dyn Host, carried: &[Carried], own: &[FenceMember]) {
+    let earlier = carried.iter().filter(|member| own.iter().all(|own| own.name != member.name));
+    let all: Vec<_> = own.iter().chain(earlier).cloned().collect();
+    if let Some(value) = headers::lock_fence(&all) {
+        // Fails only when the request is gone.
+        let _ = host.set_header(Headers::Request, "lock-fence", value.as_bytes());
+    }
+}
+
+/// The owner as the table knows it where only those re-enter who carry a fence of the holder's lease: the branch of the
+/// transaction that holds such a lease, or a new branch. So parallel branches of one trace exclude each other.
+///
+/// # Errors
+/// Those of the store.
+pub fn branch(
+    host: &dyn Host,
+    local: &mut Local,
+    rules: &Rules,
+    owner: &OwnerId,
+    lease: LeaseId,
+    carried: &[Carried],
+) -> Result<OwnerId, StoreError> {
+    let prefix = format!("{owner}#");
+    for member in carried {
+        let holder = local.holder_of(host, rules, &member.name, member.fence)?;
+        if let Some(holder) = holder.filter(|holder| holder.as_str().starts_with(&prefix)) {
+            return Ok(holder);
+        }
+    }
+    // An owner too long to carry its branch re-enters nothing but stays apart from all others.
+    Ok(OwnerId::new(&format!("{prefix}{:x}", lease.0)).unwrap_or_else(|| owner.clone()))
+}

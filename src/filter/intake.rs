@@ -1,0 +1,182 @@
+//! What a request asks for: rules, route metadata and headers become one request for locks, or a rejection.
+//!
+//! Reads as little as it can: every header costs a call of the host. Nothing is locked, answered or removed here.
+
+use interlock_core::{Cause, Duration, Limit, LockName, OwnerId, Refusal, Want};
+
+use crate::annotation::{self, Wanted, owner, timeout};
+use crate::answer::Reject;
+use crate::host::{Headers, Host};
+use crate::policy::{Enforcement, HeaderAnnotations, Lookup, OnLeaseLost, OnUnavailable, Policy, RouteAnnotations};
+
+/// Where Envoy keeps what a route says to this filter.
+const ROUTE_LOCKS: [&str; 5] = ["xds", "route_metadata", "filter_metadata", "interlock", "locks"];
+
+/// What the filter is to do for a request, beside asking for its locks.
+#[derive(Clone, Debug)]
+pub struct Terms {
+    /// Whether decisions count, or are only watched. Never [`Enforcement::Off`].
+    pub enforcement: Enforcement,
+    /// What becomes of it when its lease is lost.
+    pub on_lease_lost: OnLeaseLost,
+    /// What becomes of it when the backend fails.
+    pub on_backend_unavailable: OnUnavailable,
+    /// Who asks, for people to read: the rule, or the kind of annotation.
+    pub asked_by: String,
+    /// Whether the caller speaks gRPC.
+    pub grpc: bool,
+}
+
+/// A request for locks.
+#[derive(Clone, Debug)]
+pub struct Asked {
+    /// What else is to be done for it.
+    pub terms: Terms,
+    /// Its owner, as the request names it.
+    pub owner: OwnerId,
+    /// The locks.
+    pub wants: Vec<Want>,
+}
+
+/// What a request turned out to be.
+#[derive(Debug)]
+pub enum Intake {
+    /// It asks for nothing.
+    Nothing,
+    /// It asks for locks.
+    Locks(Asked),
+    /// What it asks for cannot be given.
+    Reject(Terms, Reject),
+}
+
+/// Whether a policy lets every request pass untouched.
+pub fn is_off(policy: &Policy) -> bool {
+    policy.enforcement == Enforcement::Off && policy.rules.iter().all(|rule| rule.enforcement == Enforcement::Off)
+}
+
+/// Finds out what the effective stream's request asks for.
+pub fn read(host: &dyn Host, policy: &Policy) -> Intake {
+    let header = |name: &str| host.header(Headers::Request, name).ok().flatten();
+    let annotation = match policy.annotations.header {
+        HeaderAnnotations::Accept | HeaderAnnotations::Reject => {
+            host.header_list(Headers::Request, "lock").ok().flatten()
+        }
+        HeaderAnnotations::Pass | HeaderAnnotations::Strip => None,
+    };
+    let path = if policy.rules.needs_path() { header(":path").unwrap_or_default() } else { Vec::new() };
+    let method = if policy.rules.needs_method() { header(":method").unwrap_or_default() } else { Vec::new() };
+    let principal = || host.property(&["connection", "uri_san_peer_certificate"]).filter(|id| !id.is_empty());
+    let lookup = Lookup {
+        method: &method,
+        path: &path,
+        header: &header,
+        route: &|| host.property(&["xds", "route_name"]),
+        principal: &principal,
+    };
+    let matched = if policy.rules.is_empty() { None } else { policy.rules.find(&lookup) };
+    let on_route = match policy.annotations.route {
+        RouteAnnotations::Accept => host.property(&ROUTE_LOCKS).filter(|locks| !locks.is_empty()),
+        RouteAnnotations::Ignore => None,
+    };
+    if matched.is_none() && on_route.is_none() && annotation.is_none() {
+        return Intake::Nothing;
+    }
+    let rule = matched.as_ref().map(|matched| matched.rule);
+    let enforcement = rule.map_or(policy.enforcement, |rule| rule.enforcement);
+    if enforcement == Enforcement::Off {
+        return Intake::Nothing;
+    }
+    let asked_by = match (rule, &on_route) {
+        (Some(rule), _) => rule.name.clone(),
+        (None, Some(_)) => String::from("route metadata"),
+        (None, None) => String::from("lock header"),
+    };
+    let terms = Terms {
+        enforcement,
+        on_lease_lost: rule.map_or(OnLeaseLost::Abort, |rule| rule.on_lease_lost),
+        on_backend_unavailable: rule.map_or(policy.on_backend_unavailable, |rule| rule.on_backend_unavailable),
+        asked_by,
+        grpc: header("content-type").is_some_and(|value| is_grpc(&value)),
+    };
+    if annotation.is_some() && policy.annotations.header == HeaderAnnotations::Reject {
+        let detail = String::from("this gateway takes no lock header from callers");
+        return Intake::Reject(terms, Reject::Forbidden { detail, lock: None, owner: None });
+    }
+    let mut wanted = Vec::new();
+    if let Some(matched) = &matched {
+        match matched.locks(&lookup) {
+            Ok(locks) => wanted.extend(locks),
+            Err(error) => return malformed(terms, format!("rule {}: {error}", matched.rule.name)),
+        }
+    }
+    for (place, value) in [("route metadata", on_route), ("lock header", annotation)] {
+        let Some(value) = value else { continue };
+        match annotation::parse_lock_header([value.as_slice()]) {
+            Ok(locks) => wanted.extend(locks),
+            Err(error) => return malformed(terms, format!("{place}: {error}")),
+        }
+    }
+    let Some(owner) = owner::find(&policy.owner_from, header) else {
+        return Intake::Reject(terms, Reject::OwnerMissing { sources: policy.owner_from.clone() });
+    };
+    match wants(policy, wanted, deadline(terms.grpc, header), &owner, principal) {
+        Ok(wants) => Intake::Locks(Asked { terms, owner, wants }),
+        Err(reject) => Intake::Reject(terms, *reject),
+    }
+}
+
+fn is_grpc(content_type: &[u8]) -> bool {
+    // application/grpc, application/grpc+proto, application/grpc;charset=…; but grpc-web is HTTP to its caller.
+    content_type.strip_prefix(b"application/grpc").is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))
+}
+
+/// How long the caller itself waits, where it says so.
+fn deadline(grpc: bool, header: impl Fn(&str) -> Option<Vec<u8>>) -> Duration {
+    let of_grpc = if grpc { header("grpc-timeout").and_then(|value| timeout::grpc_timeout(&value)) } else { None };
+    let of_envoy = header("x-envoy-expected-rq-timeout-ms").and_then(|value| timeout::envoy_timeout_ms(&value));
+    of_grpc.into_iter().chain(of_envoy).min().unwrap_or(Duration::MAX)
+}
+
+fn malformed(terms: Terms, detail: String) -> Intake {
+    Intake::Reject(terms, Reject::Malformed { detail })
+}
+
+/// Turns what is wanted into what is asked of the table, within the policy's limits.
+fn wants(
+    policy: &Policy,
+    wanted: Vec<Wanted>,
+    patience: Duration,
+    owner: &OwnerId,
+    principal: impl Fn() -> Option<Vec<u8>>,
+) -> Result<Vec<Want>, Box<Reject>> {
+    annotation::check_modes(&policy.classes, &wanted).map_err(|error| Box::new(error.into()))?;
+    let wanted = annotation::merge(wanted, policy.defaults.mode);
+    let most = policy.limits.locks_per_request;
+    if let Some(first) = wanted.first()
+        && wanted.len() > usize::try_from(most).unwrap_or(usize::MAX)
+    {
+        let cause = Cause::Limit { limit: Limit::LocksPerRequest, value: u64::from(most) };
+        let mode = first.mode.unwrap_or(policy.defaults.mode);
+        let refusal = Refusal { lock: first.name.clone(), mode, owner: owner.clone(), cause };
+        return Err(Box::new(Reject::Core(refusal)));
+    }
+    for want in &wanted {
+        if !policy.may_lock(want.name.class(), &principal) {
+            return Err(Box::new(forbidden(&want.name, owner, principal())));
+        }
+    }
+    let ask = |wanted| {
+        let want = policy.ask(wanted);
+        Want { wait: want.wait.min(patience), ..want }
+    };
+    Ok(wanted.into_iter().map(ask).collect())
+}
+
+fn forbidden(lock: &LockName, owner: &OwnerId, principal: Option<Vec<u8>>) -> Reject {
+    let caller = principal.map_or_else(
+        || String::from("a caller without a SPIFFE ID"),
+        |id| String::from_utf8_lossy(&id).escape_default().to_string(),
+    );
+    let detail = format!("{caller} may not lock class {}", lock.class());
+    Reject::Forbidden { detail, lock: Some(lock.clone()), owner: Some(owner.clone()) }
+}

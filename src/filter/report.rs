@@ -1,0 +1,133 @@
+//! What the filter tells operators: metrics and log lines. Nothing is decided here.
+
+use interlock_core::{Cause, Duration, Event, Lease, LockName, Loss, Pending, State, StoreError};
+
+use super::Active;
+use super::stream::Case;
+use crate::answer::Reject;
+use crate::host::{Host, HostError, Level};
+use crate::telemetry::{self, Incident, Record};
+
+/// All locks of a request were granted.
+pub fn acquired(host: &dyn Host, case: &Case, lease: &Lease, waited: Duration) {
+    let telemetry = &case.active.telemetry;
+    for grant in lease.grants().iter().filter(|grant| grant.asked) {
+        let class = grant.name.class();
+        if case.is_enforced() {
+            telemetry.acquired(host, class, waited);
+        } else {
+            telemetry.audit(host, class, "acquired", "");
+        }
+    }
+}
+
+/// A request was refused, or would have been under audit.
+pub fn refused(host: &dyn Host, case: &Case, reject: &Reject, waited: Duration) {
+    let telemetry = &case.active.telemetry;
+    let (slug, lock) = (reject.slug(), reject.lock());
+    let class = lock.map_or("", LockName::class);
+    if let Reject::Core(refusal) = reject
+        && let Cause::Backend { .. } = refusal.cause
+    {
+        telemetry.backend_error(host, "store");
+    }
+    if case.is_enforced() {
+        telemetry.refused(host, class, slug, waited);
+    } else {
+        telemetry.audit(host, class, "refused", slug);
+    }
+    if !telemetry::enabled(host, Incident::Refused) {
+        return;
+    }
+    let detail = reject.detail();
+    let (mode, holders, cycle) = match reject {
+        Reject::Core(refusal) => match &refusal.cause {
+            Cause::Held { holders, .. } | Cause::WaitTimeout { holders, .. } => {
+                (Some(refusal.mode), holders.as_slice(), &[][..])
+            }
+            Cause::Deadlock { cycle } => (Some(refusal.mode), &[][..], cycle.as_slice()),
+            _ => (Some(refusal.mode), &[][..], &[][..]),
+        },
+        _ => (None, &[][..], &[][..]),
+    };
+    let record = Record {
+        event: if case.is_enforced() { Incident::Refused } else { Incident::WouldRefuse },
+        instance: &case.active.policy.instance,
+        owner: case.owner.as_ref().map(|owner| owner.as_str()),
+        lock: lock.map(LockName::as_str),
+        mode: mode.map(|mode| mode.as_str()),
+        reason: slug,
+        detail: &detail,
+        holders,
+        cycle,
+        waited,
+        route: &case.terms.asked_by,
+    };
+    telemetry::log(host, &record);
+}
+
+/// Whoever asked has gone before the locks were granted.
+pub fn cancelled(host: &dyn Host, case: &Case, pending: &Pending) {
+    if let (true, Some((lock, _))) = (case.is_enforced(), pending.waits_for()) {
+        case.active.telemetry.cancelled(host, lock.class(), host.now().since(case.arrived));
+    }
+}
+
+/// A lease ended before its request did.
+pub fn lost(host: &dyn Host, case: &Case, lock: &LockName, loss: Loss) {
+    if !case.is_enforced() {
+        return case.active.telemetry.audit(host, lock.class(), "lost", "lease-lost");
+    }
+    case.active.telemetry.lease_lost(host, lock.class(), loss);
+    let record = Record {
+        event: Incident::LeaseLost,
+        instance: &case.active.policy.instance,
+        owner: case.owner.as_ref().map(|owner| owner.as_str()),
+        lock: Some(lock.as_str()),
+        mode: None,
+        reason: loss.as_str(),
+        detail: "",
+        holders: &[],
+        cycle: &[],
+        waited: host.now().since(case.arrived),
+        route: &case.terms.asked_by,
+    };
+    telemetry::log(host, &record);
+}
+
+/// What an operation on the table brought about.
+pub fn observe(host: &dyn Host, active: &Active, events: &[Event]) {
+    active.telemetry.observe(host, events);
+    for event in events {
+        let Event::Expired { lock, entry, held_for } = event else { continue };
+        let loss = match entry.state {
+            State::Held { until, .. } if until <= host.now() => Loss::HoldLimit,
+            State::Held { .. } | State::Waiting { .. } => Loss::Expired,
+        };
+        let record = Record {
+            event: Incident::LeaseExpired,
+            instance: &active.policy.instance,
+            owner: Some(entry.owner.as_str()),
+            lock: Some(lock.as_str()),
+            mode: Some(entry.mode.as_str()),
+            reason: loss.as_str(),
+            detail: "",
+            holders: &[],
+            cycle: &[],
+            waited: *held_for,
+            route: &entry.asked_by,
+        };
+        telemetry::log(host, &record);
+    }
+}
+
+/// The table could not be reached for something that no request is waiting for.
+pub fn backend(host: &dyn Host, active: &Active, error: &StoreError) {
+    active.telemetry.backend_error(host, "store");
+    host.log(Level::Error, &format!("interlock: instance {}: {error}", active.policy.instance));
+}
+
+/// The host did not do what it was asked.
+pub fn trouble(host: &dyn Host, active: &Active, error: &HostError) {
+    host.log(Level::Error, &format!("interlock: instance {}: {error}", active.policy.instance));
+}

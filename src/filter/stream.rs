@@ -1,0 +1,92 @@
+//! One stream that asked for locks, from its request headers to its end.
+
+use std::rc::Rc;
+
+use interlock_core::{Duration, Lease, LockName, OwnerId, Pending, Time};
+
+use super::Active;
+use super::fences::Carried;
+use super::intake::Terms;
+use crate::answer::Reject;
+use crate::answer::headers::FenceMember;
+use crate::backend::local::Purpose;
+use crate::policy::Enforcement;
+
+/// What a stream is doing. There is one state at a time, and the ways out take what it carries with them: nothing is
+/// released twice.
+#[derive(Debug)]
+pub enum State {
+    /// It stands in a queue: parked, or under audit forwarded already.
+    Waiting(Pending),
+    /// It holds its locks, and is upstream.
+    Holding(Held),
+    /// It holds nothing (any more). What is left is to tell the caller, where the response is not the filter's own.
+    Over(Ended),
+}
+
+/// What a stream upstream holds.
+#[derive(Debug)]
+pub struct Held {
+    /// Its lease.
+    pub lease: Lease,
+    /// How long it waited for it.
+    pub waited: Duration,
+    /// The fences of its grants.
+    pub fences: Vec<FenceMember>,
+}
+
+/// How a stream came to hold nothing.
+#[derive(Debug)]
+pub enum Ended {
+    /// The filter answered it itself; that answer says everything.
+    Answered,
+    /// Its lease was lost, and it went on.
+    Lost(LockName),
+    /// The backend failed, and the rule let it go on without locks.
+    Unlocked,
+    /// Under audit it would have been refused.
+    WouldRefuse(Box<Reject>),
+}
+
+/// What stays the same of a stream, whatever it is doing.
+#[derive(Debug)]
+pub struct Case {
+    /// The configuration that it came in under; it keeps it, whatever is configured meanwhile.
+    pub active: Rc<Active>,
+    /// What is to be done for it.
+    pub terms: Terms,
+    /// Its owner as the request named it, if it named one; that of its locks may be a branch of it.
+    pub owner: Option<OwnerId>,
+    /// When it came in.
+    pub arrived: Time,
+    /// Inbound fences that are passed on to the upstream with its own.
+    pub carried: Vec<Carried>,
+    /// Whether the response has begun.
+    pub responding: bool,
+}
+
+impl Case {
+    /// Which table it is in.
+    pub fn purpose(&self) -> Purpose {
+        match self.terms.enforcement {
+            Enforcement::Enforce => Purpose::Enforce,
+            Enforcement::Audit | Enforcement::Off => Purpose::Audit,
+        }
+    }
+
+    /// Whether its decisions count.
+    pub fn is_enforced(&self) -> bool {
+        self.purpose() == Purpose::Enforce
+    }
+}
+
+/// A stream that asked for locks.
+#[derive(Debug)]
+pub struct Stream {
+    /// What it came with.
+    pub case: Case,
+    /// What it is doing.
+    pub state: State,
+    /// When it has to be looked at, if nothing happens before.
+    pub timer: Option<Time>,
+}
