@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::*;
-use interlock_core::{Class, Rank, Within};
+use interlock_core::{Class, LockName, Rank, Within};
 
 fn env(name: &str) -> Option<String> {
     (name == "INTERLOCK_KEY").then(|| "0123456789abcdef0123456789abcdef".to_owned())
