@@ -48,7 +48,7 @@ pub enum Reject {
 
 impl From<AnnotationError> for Reject {
     fn from(error: AnnotationError) -> Self {
-        Reject::Malformed { detail: error.to_string() }
+        Reject::Malformed { detail: format!("lock annotation: {error}") }
     }
 }
 

@@ -178,6 +178,6 @@ fn errors_of_reading_become_malformed() {
     let error = crate::annotation::parse_lock_header([&b"a b"[..]]).unwrap_err();
     let reject = Reject::from(error);
     assert_eq!(reject.http_status(), 400);
-    assert_eq!(reject.detail(), "member 1: trailing characters after member at index 2");
+    assert_eq!(reject.detail(), "lock annotation: member 1: trailing characters after member at index 2");
     assert_eq!(body(&reject).get("lock"), None);
 }
