@@ -20,8 +20,8 @@ pub struct Job {
 }
 
 fn job(number: usize, from: &str, to: &str) -> Job {
-    // Different amounts, so that a transfer that was lost or booked twice shows in the sums.
-    let amount = 1000 + 7 * number as u64;
+    // Different amounts that do not cancel out, so that a transfer that was lost or booked twice shows in the sums.
+    let amount = 1000 + (number * number) as u64;
     let transfer = Transfer { from: from.to_owned(), to: to.to_owned(), amount };
     Job { id: format!("t{number:02}"), trace: trace_id(), transfer }
 }
@@ -59,6 +59,8 @@ mod tests {
         let opposite =
             |a: &Job| jobs.iter().any(|b| a.transfer.from == b.transfer.to && a.transfer.to == b.transfer.from);
         assert!(jobs.iter().all(opposite));
-        assert_eq!(expected(&jobs, 5000).values().sum::<u64>(), 15_000);
+        let expected = expected(&jobs, 50_000);
+        assert_eq!(expected.values().sum::<u64>(), 150_000);
+        assert!(expected.values().all(|balance| *balance != 50_000), "{expected:?}");
     }
 }

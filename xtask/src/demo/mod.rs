@@ -123,7 +123,8 @@ async fn on(screen: &Screen, jobs: &[Job]) -> Result<Act> {
         "Act 2: Interlock on, as envoy/local.yaml ships it",
         &[
             "The same services and the same transfers. Each hop is locked in the proxy, by rule; who is refused",
-            "undoes its debit and tries again after a short, jittered pause:",
+            "undoes its debit and tries again after a short, jittered pause. t1 ─lock→ t2 says that t1 would wait for the",
+            "lock, which t2 has or stands in line for before it:",
         ],
     );
     let mut bank = Bank::open(EnvoyConfig::local(), OPENING).await?;

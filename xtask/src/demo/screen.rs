@@ -6,7 +6,6 @@ use std::time::Duration;
 use bank::client::{Attempt, Edge, Outcome, Problem};
 use bank::event::Event;
 use bank::ledger::Balance;
-use serde_json::Value;
 
 use super::bank::What;
 use super::cast::Job;
@@ -91,8 +90,7 @@ impl Screen {
         for status in &attempt.lock_status {
             println!("{indent}{}", self.paint(DIM, &format!("lock-status: {status}")));
         }
-        let pretty = serde_json::from_str::<Value>(body).and_then(|value| serde_json::to_string_pretty(&value));
-        for line in pretty.as_deref().unwrap_or(body).lines() {
+        for line in pretty(body).as_deref().unwrap_or(body).lines() {
             println!("{indent}{}", self.paint(CYAN, line));
         }
         let who = |owner: &String| name(owner, jobs).map(|id| format!("{id} is {owner}"));
@@ -173,14 +171,22 @@ impl Screen {
     }
 }
 
-/// A refusal in a few words: the cycle where there is one, else what the server says.
+/// A refusal in a few words: the cycle where there is one, drawn as `a ─lock→ b`, else what the server says.
 fn story(problem: &Problem, jobs: &[Job]) -> String {
-    if problem.cycle.is_empty() {
-        return problem.detail.clone();
-    }
+    let Some(first) = problem.cycle.first() else {
+        return jobs.iter().fold(problem.detail.clone(), |text, job| text.replace(&job.trace, &job.id));
+    };
     let who = |owner: &str| name(owner, jobs).map_or_else(|| owner.to_owned(), str::to_owned);
-    let step = |edge: &Edge| format!("{} waits for {} of {}", who(&edge.owner), edge.waits_for, who(&edge.held_by));
-    problem.cycle.iter().map(step).collect::<Vec<_>>().join(", ")
+    let step = |edge: &Edge| format!(" ─{}→ {}", edge.waits_for, who(&edge.held_by));
+    who(&first.owner) + &problem.cycle.iter().map(step).collect::<String>()
+}
+
+/// JSON on many lines, its members in the order in which they came.
+fn pretty(json: &str) -> Option<String> {
+    let mut out = Vec::new();
+    let mut reader = serde_json::Deserializer::from_str(json);
+    serde_transcode::transcode(&mut reader, &mut serde_json::Serializer::pretty(&mut out)).ok()?;
+    String::from_utf8(out).ok()
 }
 
 /// The job that an owner stands for.
@@ -195,4 +201,30 @@ fn show(duration: Duration) -> String {
 
 fn money(cents: u64) -> String {
     format!("{}.{:02}", cents / 100, cents % 100)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cycle_is_drawn_with_the_names_of_the_cast() {
+        let jobs = super::super::cast::load(1);
+        let edge = |owner: &Job, lock: &str, held_by: &Job| Edge {
+            owner: owner.trace.clone(),
+            waits_for: lock.to_owned(),
+            held_by: held_by.trace.clone(),
+        };
+        let cycle = vec![edge(&jobs[0], "account/bob", &jobs[1]), edge(&jobs[1], "account/ann", &jobs[0])];
+        let problem = Problem { cycle, ..Problem::default() };
+        assert_eq!(story(&problem, &jobs), "t01 ─account/bob→ t02 ─account/ann→ t01");
+        let detail = format!("{} holds it", jobs[2].trace);
+        assert_eq!(story(&Problem { detail, ..Problem::default() }, &jobs), "t03 holds it");
+    }
+
+    #[test]
+    fn a_body_is_shown_in_its_own_order() {
+        assert_eq!(pretty(r#"{"b":1,"a":[]}"#).unwrap(), "{\n  \"b\": 1,\n  \"a\": []\n}");
+        assert_eq!(pretty("no json"), None);
+    }
 }

@@ -9,6 +9,9 @@ use hdrhistogram::Histogram;
 
 use super::bank::What;
 
+/// In microseconds: no wait is longer.
+const HOUR: u64 = 3_600_000_000;
+
 /// The count of one act.
 pub struct Tally {
     /// Transfers asked for.
@@ -46,7 +49,7 @@ impl Tally {
             time: Duration::ZERO,
             last: None,
             surprises: Vec::new(),
-            waits: Histogram::new(3).expect("3 is a precision that there is"),
+            waits: Histogram::new_with_bounds(1, HOUR, 3).expect("these are bounds and a precision that there are"),
         }
     }
 
@@ -104,7 +107,6 @@ impl Tally {
         self.time += other.time;
         self.last = other.last;
         self.surprises.extend(other.surprises);
-        // Both have the same bounds.
         self.waits += other.waits;
     }
 }
@@ -117,6 +119,25 @@ fn closes(cycle: &[Edge]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn waits_are_counted_where_a_filter_said_something() {
+        let attempt = |waited, lock_status: &[&str]| Attempt {
+            outcome: Outcome::Completed,
+            took: waited,
+            waited,
+            lock_status: lock_status.iter().map(|status| (*status).to_owned()).collect(),
+        };
+        let mut tally = Tally::new(4);
+        assert_eq!(tally.wait(50.0), None);
+        tally.count(What::Tried(0, 1, attempt(Duration::from_secs(9), &[])));
+        assert_eq!(tally.wait(50.0), None);
+        for ms in [0, 100, 300] {
+            tally.count(What::Tried(0, 1, attempt(Duration::from_millis(ms), &["bank;outcome=acquired"])));
+        }
+        let near = |wait: Option<Duration>, ms: f64| (wait.unwrap().as_secs_f64() * 1000.0 - ms).abs() < 1.0;
+        assert!(near(tally.wait(50.0), 100.0) && near(tally.wait(99.0), 300.0));
+    }
 
     #[test]
     fn a_cycle_closes_on_itself_or_is_none() {
