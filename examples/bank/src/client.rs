@@ -1,5 +1,5 @@
 //! A client of the bank: asks for transfers, and asks again, after a short and jittered pause, for those that were
-//! refused with nothing done. It reads what the proxy says: the problem of a refusal, the status of the locks.
+//! refused or not answered: their key sees to it that they happen once. It reads what the proxy says: the problem of a refusal, the status of the locks.
 
 use std::time::{Duration, Instant};
 
@@ -97,15 +97,20 @@ impl Retry {
         match outcome {
             Outcome::Refused { status: 423 | 429 | 503, .. } => true,
             Outcome::Refused { problem, .. } => matches!(problem.slug(), "deadlock" | "lease-lost"),
-            _ => false,
+            Outcome::TimedOut => true,
+            Outcome::Completed | Outcome::Failed { .. } => false,
         }
     }
 
     /// The pause before the next try: anything from nothing to the bound, so that two that collided do not do so again.
-    fn pause(&self, tries: u32, problem: &Problem) -> Duration {
+    fn pause(&self, tries: u32, outcome: &Outcome) -> Duration {
         let bound = self.pause.saturating_mul(1 << tries.min(16)).min(self.max_pause);
         let jittered = bound.mul_f64(f64::from(random_u32()) / f64::from(u32::MAX));
-        jittered.max(Duration::from_millis(problem.retry_after_ms.unwrap_or(0)).min(self.max_pause))
+        let asked = match outcome {
+            Outcome::Refused { problem, .. } => problem.retry_after_ms.unwrap_or(0),
+            _ => 0,
+        };
+        jittered.max(Duration::from_millis(asked).min(self.max_pause))
     }
 }
 
@@ -158,12 +163,10 @@ impl Client {
             let attempt = self.attempt(id, trace, transfer).await;
             tries += 1;
             watch(tries, &attempt);
-            match &attempt.outcome {
-                Outcome::Refused { problem, .. } if tries < retry.attempts && Retry::helps(&attempt.outcome) => {
-                    tokio::time::sleep(retry.pause(tries - 1, problem)).await;
-                }
-                _ => return attempt,
+            if tries >= retry.attempts || !Retry::helps(&attempt.outcome) {
+                return attempt;
             }
+            tokio::time::sleep(retry.pause(tries - 1, &attempt.outcome)).await;
         }
     }
 
@@ -245,9 +248,10 @@ mod tests {
         let (pause, max_pause) = (Duration::from_millis(10), Duration::from_millis(80));
         let retry = Retry { attempts: 5, pause, max_pause };
         for tries in 0..40 {
-            assert!(retry.pause(tries, &Problem::default()) <= max_pause);
-            let asked = Problem { retry_after_ms: Some(50), ..Problem::default() };
-            assert!(retry.pause(tries, &asked) >= Duration::from_millis(50));
+            assert!(retry.pause(tries, &Outcome::TimedOut) <= max_pause);
+            let problem = Problem { retry_after_ms: Some(50), ..Problem::default() };
+            let asked = Outcome::Refused { status: 423, problem, body: String::new() };
+            assert!((50..=80).contains(&retry.pause(tries, &asked).as_millis()));
         }
     }
 
@@ -262,7 +266,8 @@ mod tests {
         assert!(Retry::helps(&refused(423, "wait-timeout")));
         assert!(!Retry::helps(&refused(409, "order-violation")));
         assert!(!Retry::helps(&refused(400, "malformed-annotation")));
-        assert!(!Retry::helps(&Outcome::TimedOut));
+        assert!(Retry::helps(&Outcome::TimedOut));
+        assert!(!Retry::helps(&Outcome::Completed));
     }
 
     #[test]
