@@ -149,7 +149,8 @@ pub fn on_path(name: &str) -> Option<PathBuf> {
 
 /// Runs a command to its end; an error carries its name and how it ended.
 pub fn run(command: &mut Command) -> Result<()> {
-    let name = format!("{command:?}");
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    let name = words.map(OsStr::to_string_lossy).collect::<Vec<_>>().join(" ");
     let status = command.stdin(Stdio::null()).status().with_context(|| format!("cannot run {name}"))?;
     if !status.success() {
         bail!("{name} failed ({status})");
