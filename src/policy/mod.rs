@@ -1,6 +1,6 @@
 //! The policy: what the plugin's configuration says, read once, checked as a whole, and then only looked at.
 //!
-//! Pure: JSON in, a [`Policy`] or one line of complaint out. Must not live here: anything that calls the host, and
+//! Pure: bytes in, a [`Policy`] or one line of complaint out. Must not live here: anything that calls the host, and
 //! what is done about a request.
 
 mod duration;
@@ -15,6 +15,7 @@ mod template;
 mod tests;
 #[cfg(test)]
 mod tests_rules;
+mod wire;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -176,13 +177,13 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// Reads a policy from JSON, as Envoy hands it over from a Struct or a StringValue. No bytes at all are the
+    /// Reads a policy as the host hands it over: JSON, or the bytes of a `google.protobuf.Struct`. No bytes at all are the
     /// default policy. `env` looks up environment variables, for secrets.
     ///
     /// # Errors
     /// One line with the first thing that is wrong, where it stands, and the fix.
-    pub fn parse(json: &[u8], env: &dyn Fn(&str) -> Option<String>) -> Result<Policy, PolicyError> {
-        parse::policy(json, env)
+    pub fn parse(configuration: &[u8], env: &dyn Fn(&str) -> Option<String>) -> Result<Policy, PolicyError> {
+        parse::policy(configuration, env)
     }
 
     /// Fills in what was left unsaid, and brings what was said within the limits: a wait is at most `max_wait`, a TTL lies

@@ -4,13 +4,12 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use interlock_core::{Class, Classes, LockName, Mode, Rank, Within};
-use serde_json::{Map, Value};
 
 use super::duration::{LONGEST, spell};
 use super::reader::{Object, PolicyError, Reader, hint, list, quote};
 use super::{
     Annotations, Backend, Defaults, Enforcement, HeaderAnnotations, Keys, Limits, MIN_TTL, OnUnavailable, Policy,
-    Reentrancy, RouteAnnotations, parse_rules,
+    Reentrancy, RouteAnnotations, parse_rules, wire,
 };
 use crate::annotation::owner::OwnerSource;
 
@@ -39,13 +38,8 @@ const FIELDS: [&str; 14] = [
     "keys",
 ];
 
-pub(super) fn policy(json: &[u8], env: &dyn Fn(&str) -> Option<String>) -> Result<Policy, PolicyError> {
-    let value = if json.trim_ascii().is_empty() {
-        Value::Object(Map::new())
-    } else {
-        let not_json = |error| PolicyError::new("", format!("the policy is not JSON ({error}); write one JSON object"));
-        serde_json::from_slice(json).map_err(not_json)?
-    };
+pub(super) fn policy(configuration: &[u8], env: &dyn Fn(&str) -> Option<String>) -> Result<Policy, PolicyError> {
+    let value = wire::value(configuration)?;
     let object = Reader::root(&value).object(&FIELDS)?;
     for later in ["api", "guard"] {
         if object.get(later).is_some() {
