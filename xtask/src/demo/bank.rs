@@ -8,8 +8,7 @@ use bank::client::{Attempt, Client, Retry};
 use bank::event::{Event, Observer};
 use bank::hop::Proxy;
 use bank::{Router, accounts, transfers};
-use interlock_testkit::stats::Sample;
-use interlock_testkit::{Envoy, EnvoyConfig};
+use interlock_testkit::{Envoy, EnvoyConfig, stats};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -22,6 +21,9 @@ use super::tally::Tally;
 const WRITE: Duration = Duration::from_millis(20);
 /// An act that takes longer has hung.
 const PATIENCE: Duration = Duration::from_secs(45);
+
+/// Gauges that have not come to rest by then never will.
+const REST: Duration = Duration::from_secs(10);
 
 /// Something that happened, and when.
 pub struct News {
@@ -99,17 +101,26 @@ impl Bank {
         Ok(tally)
     }
 
-    /// Whether Envoy's stats come to satisfy a condition, within seconds.
-    pub async fn settled_gauges(&self, settled: impl Fn(&[Sample]) -> bool) -> Result<bool> {
-        let deadline = Instant::now() + Duration::from_secs(5);
+    /// Whether these gauges are 0 in every class, soon after now. The plugin takes them from a census of its table, so only
+    /// what a census says that began after this call counts: the second one from here.
+    pub async fn gauges_come_to_rest(&self, names: &[&str]) -> Result<bool> {
+        let deadline = Instant::now() + REST;
+        let mut first = None;
         loop {
-            if settled(&self.envoy.metrics().await?) {
+            let samples = self.envoy.metrics().await?;
+            let censuses = stats::sum(&samples, "interlock_sweep_total", &[]);
+            let counted = censuses >= *first.get_or_insert(censuses) + 2.0;
+            let at_rest = |name: &&str| {
+                let mut values = samples.iter().filter(|s| s.name == **name).map(|s| s.value).peekable();
+                values.peek().is_some() && values.all(|value| value == 0.0)
+            };
+            if counted && names.iter().all(at_rest) {
                 return Ok(true);
             }
             if Instant::now() >= deadline {
                 return Ok(false);
             }
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
 }

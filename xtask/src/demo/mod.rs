@@ -11,7 +11,7 @@ use std::time::Duration;
 use ::bank::client::{Outcome, Retry};
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use interlock_testkit::{EnvoyConfig, stats, tools};
+use interlock_testkit::{EnvoyConfig, tools};
 use serde_json::json;
 
 use self::bank::Bank;
@@ -175,11 +175,7 @@ async fn ordered(screen: &Screen) -> Result<Act> {
 
 /// All locks have been given back and nobody waits, says Envoy.
 async fn at_rest(bank: &Bank, act: &mut Act) -> Result<()> {
-    let gauges = bank
-        .settled_gauges(|samples| {
-            ["interlock_held", "interlock_waiting"].iter().all(|name| stats::sum(samples, name, &[]) == 0.0)
-        })
-        .await?;
-    act.check(gauges, "interlock_held or interlock_waiting did not return to 0");
+    let said = bank.gauges_come_to_rest(&["interlock_held", "interlock_waiting"]).await?;
+    act.check(said, "interlock_held or interlock_waiting did not return to 0");
     Ok(())
 }
