@@ -1,19 +1,153 @@
-//! `cargo xtask soak`.
+//! `cargo xtask soak`: mixed contended load through a real Envoy with two workers, and a judgement of everything that
+//! caller and upstream saw.
+//!
+//! [`load`] draws what is asked, [`drive`] asks and serves it, [`ledger`] judges mutual exclusion and fences, [`answer`]
+//! the refusals, [`watch`] looks at Envoy from outside, [`report`] counts. No rule of Interlock is taken from its own code.
 
-use anyhow::{Result, bail};
+mod answer;
+mod drive;
+mod ledger;
+mod load;
+mod policy;
+mod report;
+mod watch;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context, Result, bail};
 use clap::Args;
+use interlock_testkit::{Envoy, Upstream, tools};
+use tokio::task::JoinSet;
+
+use crate::wasm;
+use drive::Driver;
+
+/// Violations that are printed.
+const SHOWN: usize = 10;
 
 #[derive(Debug, Args)]
 pub struct SoakArgs {
     /// How long, in minutes
-    #[arg(long, conflicts_with = "seconds")]
-    minutes: Option<u32>,
+    #[arg(long, conflicts_with = "seconds", default_value_t = 10)]
+    minutes: u32,
     /// How long, in seconds
     #[arg(long)]
     seconds: Option<u32>,
+    /// Draws the same load again; by default each soak draws its own
+    #[arg(long)]
+    seed: Option<u64>,
+    /// How many clients ask at a time
+    #[arg(long, default_value_t = 48, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    clients: u32,
+    /// Use the plugin that is there instead of building it
+    #[arg(long)]
+    no_build: bool,
 }
 
 pub fn run(args: SoakArgs) -> Result<()> {
-    let length = args.seconds.or(args.minutes.map(|minutes| minutes * 60));
-    bail!("the soak is not there yet (asked for {length:?} s)")
+    if !args.no_build && std::env::var_os("INTERLOCK_WASM").is_none() {
+        wasm::run(&wasm::WasmArgs::default())?;
+    }
+    // Before the clock runs: the first time this may download an Envoy.
+    println!("Envoy: {}", tools::envoy()?.display());
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start Tokio")?;
+    runtime.block_on(soak(&args))
+}
+
+async fn soak(args: &SoakArgs) -> Result<()> {
+    let length = Duration::from_secs(args.seconds.unwrap_or(args.minutes.saturating_mul(60)).into());
+    let seed = args.seed.unwrap_or_else(|| {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        u64::from(now.subsec_nanos()) ^ now.as_secs()
+    });
+    println!("soak for {length:?} with {} clients, seed {seed}", args.clients);
+    // The upstream calls back through an Envoy that has to know the upstream first.
+    let (driver_sender, driver) = tokio::sync::watch::channel(None::<Arc<Driver>>);
+    let upstream = Upstream::forgetful(move |request| {
+        let mut driver = driver.clone();
+        async move {
+            let known = driver.wait_for(Option::is_some).await.ok().and_then(|driver| (*driver).clone());
+            match known {
+                Some(driver) => driver.serve(request).await,
+                None => interlock_testkit::Reply::new(500, "the soak is over"),
+            }
+        }
+    })
+    .await?;
+    let envoy = Envoy::start(policy::envoy(upstream.address())).await?;
+    let driver = Driver::new(envoy.base_url());
+    driver_sender.send_replace(Some(Arc::clone(&driver)));
+
+    let start = Instant::now();
+    let mut clients = JoinSet::new();
+    for client in 0..args.clients {
+        clients.spawn(client_loop(Arc::clone(&driver), seed, client, start + length));
+    }
+    let samples = watch::memory(&envoy, length).await?;
+    while let Some(ended) = clients.join_next().await {
+        ended.context("a client panicked")?;
+    }
+    let took = start.elapsed();
+    settle(&driver).await;
+    let mut wrong = watch::aftermath(&envoy).await?;
+    wrong.extend(both_workers(&envoy).await?);
+    wrong.extend(watch::growth(&samples));
+    judge(&driver, &samples, took, wrong)
+}
+
+/// One client: one transaction after the other, each in the name of an owner of its own.
+async fn client_loop(driver: Arc<Driver>, seed: u64, client: u32, end: Instant) {
+    let mut rng = fastrand::Rng::with_seed(seed.wrapping_add(u64::from(client).wrapping_mul(0x9E37_79B9_7F4A_7C15)));
+    let mut owner = (u128::from(client) + 1) << 64;
+    while Instant::now() < end {
+        owner += 1;
+        driver.transaction(load::transaction(&mut rng), owner).await;
+        tokio::time::sleep(Duration::from_micros(rng.u64(..10_000))).await;
+    }
+}
+
+/// Until the upstream has seen the last of what was cut off.
+async fn settle(driver: &Driver) {
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(20) {
+        let undecided = driver.lock().ledger.undecided();
+        if undecided == 0 {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let mut shared = driver.lock();
+    let what = format!("{} requests are still at the upstream, 20 s after the load", shared.ledger.undecided());
+    shared.ledger.violation(what);
+}
+
+/// Whether both workers had a part in it.
+async fn both_workers(envoy: &Envoy) -> Result<Option<String>> {
+    let stats = envoy.stats().await?;
+    let connections = |worker: &str| -> u64 {
+        let of = |(name, _): &(&String, &u64)| name.contains(worker) && name.ends_with(".downstream_cx_total");
+        stats.iter().filter(of).map(|(_, value)| value).sum()
+    };
+    let (zero, one) = (connections(".worker_0."), connections(".worker_1."));
+    println!("connections: {zero} to one worker, {one} to the other");
+    Ok((zero == 0 || one == 0).then(|| "one worker had nothing to do".to_owned()))
+}
+
+fn judge(driver: &Driver, samples: &[watch::Sample], took: Duration, wrong: Vec<String>) -> Result<()> {
+    let shared = driver.lock();
+    let tally = shared.ledger.tally();
+    shared.numbers.print(&tally, took);
+    watch::print(samples);
+    let missing = shared.numbers.missing(&tally, took);
+    let violations = shared.ledger.violations();
+    let failures: Vec<_> = violations.iter().chain(&wrong).chain(&missing).collect();
+    println!("violations: {}, of Envoy: {}, not shown: {}", violations.len(), wrong.len(), missing.len());
+    if failures.is_empty() {
+        return Ok(());
+    }
+    for (number, failure) in violations.iter().take(SHOWN).chain(&wrong).chain(&missing).enumerate() {
+        println!("\n{}. {failure}", number + 1);
+    }
+    bail!("the soak failed in {} ways", failures.len())
 }
