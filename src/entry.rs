@@ -7,6 +7,7 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
+use interlock_core::session::BEAT;
 use proxy_wasm::traits::{Context, HttpContext, RootContext};
 use proxy_wasm::types::{Action, ContextType, LogLevel};
 
@@ -59,7 +60,7 @@ impl Root {
                 runtime
             }
         };
-        HOST.set_tick(interlock_core::session::BEAT).map_err(|error| error.to_string())?;
+        HOST.set_tick(BEAT).map_err(|error| error.to_string())?;
         self.running = Some((active, runtime));
         Ok(())
     }
@@ -80,8 +81,9 @@ impl RootContext for Root {
         // All instances of the VM: one whose last root has gone still has streams to end and gauges to bring down.
         let all =
             INSTANCES.with(|instances| instances.try_borrow().map(|all| all.values().cloned().collect::<Vec<_>>()));
-        for runtime in all.into_iter().flatten() {
-            with(&runtime, |runtime| runtime.tick(&HOST));
+        let due = all.into_iter().flatten().filter_map(|runtime| with(&runtime, |runtime| runtime.tick(&HOST)));
+        if let Err(error) = HOST.set_tick(due.min().unwrap_or(BEAT)) {
+            HOST.log(Level::Error, &format!("interlock: {error}"));
         }
     }
 
@@ -150,6 +152,11 @@ fn with<T>(runtime: &Shared, act: impl FnOnce(&mut Runtime) -> T) -> Option<T> {
         return None;
     };
     Some(act(&mut runtime))
+}
+
+/// Ends a runtime that nothing refers to, if nothing hangs on it.
+fn close(runtime: &mut Runtime) -> bool {
+    runtime.close(&HOST)
 }
 
 /// What the host is told. Where there is no answer the request is not let through without its locks.

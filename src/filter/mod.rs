@@ -9,19 +9,19 @@ pub mod intake;
 mod report;
 mod respond;
 pub mod stream;
+mod upkeep;
 
 use std::collections::{BTreeSet, HashMap};
 use std::rc::Rc;
 
-use interlock_core::session::BEAT;
 use interlock_core::{
-    Cause, Duration, LeaseId, LockName, Loss, Mode, Outcome, OwnerId, Refusal, Request, Rules, StoreError, Time, Want,
+    Cause, Duration, LeaseId, Loss, Outcome, OwnerId, Refusal, Request, Rules, StoreError, Time, Want,
 };
 
 use crate::answer::Reject;
 use crate::backend::local::{Local, Purpose};
-use crate::host::{ContextId, Headers, Host, HostError, QueueId};
-use crate::policy::{Enforcement, HeaderAnnotations, OnLeaseLost, OnUnavailable, Policy, Reentrancy};
+use crate::host::{ContextId, Headers, Host, HostError};
+use crate::policy::{Enforcement, HeaderAnnotations, OnUnavailable, Policy, Reentrancy};
 use crate::telemetry::Telemetry;
 use fences::Carried;
 use intake::{Asked, Intake, Terms};
@@ -89,6 +89,10 @@ pub struct Runtime {
     active: Rc<Active>,
     /// Whether this VM has ever served a request.
     served: bool,
+    /// Tables in which leases may have ended unnoticed, because this VM was silent for too long.
+    doubtful: BTreeSet<Purpose>,
+    /// When this VM last kept house, or asked to.
+    housekept: Time,
 }
 
 impl Runtime {
@@ -106,6 +110,8 @@ impl Runtime {
             timers: BTreeSet::new(),
             active,
             served: false,
+            doubtful: BTreeSet::new(),
+            housekept: Time::ZERO,
         };
         runtime.open_audit(host)?;
         Ok(runtime)
@@ -148,7 +154,7 @@ impl Runtime {
         let intake = intake::read(host, policy);
         let carried = fences::verified(host, policy);
         clean(host, policy);
-        let (case, outcome) = match intake {
+        let (mut case, outcome) = match intake {
             Intake::Nothing => {
                 fences::forward(host, &carried, &[]);
                 return Flow::Continue;
@@ -160,13 +166,18 @@ impl Runtime {
                 (case, outcome)
             }
         };
-        match self.absorb(host, id, case, outcome) {
+        if !matches!(outcome, Ok(Outcome::Granted(_))) {
+            case.name_route(host);
+        }
+        match self.absorb(host, id, case, outcome, Duration::ZERO) {
             Fate::Forward => {
                 self.forward(host, id);
                 Flow::Continue
             }
             Fate::Park => {
-                self.arm(host);
+                if self.timers.first().is_some_and(|(_, first)| *first == id) {
+                    self.arm(host);
+                }
                 Flow::Stop
             }
             Fate::Answer(answer) => {
@@ -203,7 +214,7 @@ impl Runtime {
 
     /// The stream has ended, in whatever way: gives back what it has.
     pub fn end(&mut self, host: &dyn Host, id: ContextId) {
-        let Some(Stream { case, state, .. }) = self.take(id) else { return };
+        let Some(Stream { mut case, state, .. }) = self.take(id) else { return };
         let purpose = case.purpose();
         let Some(local) = self.local(purpose) else { return };
         match state {
@@ -213,6 +224,7 @@ impl Runtime {
             }
             State::Holding(held) => {
                 for lock in local.release(host, &case.active.rules, held.lease) {
+                    case.name_route(host);
                     report::lost(host, &case, &lock, Loss::Expired);
                 }
             }
@@ -221,45 +233,13 @@ impl Runtime {
         self.deliver(host, purpose);
     }
 
-    /// Messages have come by a queue: waiters of this VM were granted their locks.
-    pub fn queue_ready(&mut self, host: &dyn Host, queue: QueueId) {
-        for purpose in [Purpose::Enforce, Purpose::Audit] {
-            let Some(local) = self.local(purpose).filter(|local| local.mailbox() == Some(queue)) else { continue };
-            for lease in local.woken(host) {
-                if let Some(id) = self.leases.get(&(purpose, lease)).copied() {
-                    self.look_after(host, id);
-                }
-            }
+    /// Ends the instance in this VM, if no stream hangs on it. What it shares with other VMs stays.
+    pub fn close(&mut self, host: &dyn Host) -> bool {
+        let idle = self.streams.is_empty();
+        if idle {
+            self.active.telemetry.retire(host);
         }
-        self.arm(host);
-    }
-
-    /// A tick of a root: beats, looks after whoever is due, keeps house.
-    pub fn tick(&mut self, host: &dyn Host) {
-        let active = Rc::clone(&self.active);
-        for purpose in [Purpose::Enforce, Purpose::Audit] {
-            self.beat(host, purpose);
-        }
-        let now = host.now();
-        while let Some((_, id)) = self.timers.first().copied().filter(|(due, _)| *due <= now) {
-            self.look_after(host, id);
-        }
-        let idle = !self.served;
-        for purpose in [Purpose::Enforce, Purpose::Audit] {
-            let Some(local) = self.local(purpose) else { continue };
-            match local.keep_house(host, &active.rules, idle) {
-                Ok(Some(census)) if purpose == Purpose::Enforce => active.telemetry.swept(host, &census),
-                Ok(_) => {}
-                Err(error) => report::backend(host, &active, &error),
-            }
-            self.deliver(host, purpose);
-        }
-        self.arm(host);
-    }
-
-    /// Whether anything hangs on this VM.
-    pub fn is_idle(&self) -> bool {
-        self.streams.is_empty()
+        idle
     }
 
     /// Asks for the locks of a stream.
@@ -290,12 +270,18 @@ impl Runtime {
         })
     }
 
-    /// Takes in what was decided about a stream, and says what has to become of its request.
-    fn absorb(&mut self, host: &dyn Host, id: ContextId, case: Case, outcome: Result<Outcome, Reject>) -> Fate {
+    /// Takes in what was decided about a stream that waited so long, and says what has to become of its request.
+    fn absorb(
+        &mut self,
+        host: &dyn Host,
+        id: ContextId,
+        case: Case,
+        outcome: Result<Outcome, Reject>,
+        waited: Duration,
+    ) -> Fate {
         let enforced = case.is_enforced();
         let (state, fate) = match outcome {
             Ok(Outcome::Granted(lease)) => {
-                let waited = host.now().since(case.arrived);
                 report::acquired(host, &case, &lease, waited);
                 let fences = fences::of(host, &case, &lease);
                 (State::Holding(Held { lease, waited, fences }), Fate::Forward)
@@ -304,54 +290,11 @@ impl Runtime {
                 let fate = if enforced { Fate::Park } else { Fate::Forward };
                 (State::Waiting(pending), fate)
             }
-            Ok(Outcome::Refused(refusal)) => self.reject(host, &case, Reject::Core(refusal)),
-            Err(reject) => self.reject(host, &case, reject),
+            Ok(Outcome::Refused(refusal)) => reject_or_pass(host, &case, Reject::Core(refusal), waited),
+            Err(reject) => reject_or_pass(host, &case, reject, waited),
         };
         self.put(host, id, Stream { case, state, timer: None });
         fate
-    }
-
-    /// A request that does not get its locks: whether it is answered, or goes on all the same.
-    fn reject(&self, host: &dyn Host, case: &Case, reject: Reject) -> (State, Fate) {
-        let waited = host.now().since(case.arrived);
-        report::refused(host, case, &reject, waited);
-        let failed = matches!(&reject, Reject::Core(Refusal { cause: Cause::Backend { .. }, .. }));
-        if failed && case.terms.on_backend_unavailable == OnUnavailable::Allow {
-            (State::Over(Ended::Unlocked), Fate::Forward)
-        } else if case.is_enforced() {
-            let answer = Answer::refusal(case, &reject, waited);
-            (State::Over(Ended::Answered), Fate::Answer(answer))
-        } else {
-            (State::Over(Ended::WouldRefuse(Box::new(reject))), Fate::Forward)
-        }
-    }
-
-    /// Looks after one stream: a waiter that may have been granted, or whose time is up; a lease at its hold limit. Only
-    /// from callbacks of a root, since it may have to answer the stream.
-    fn look_after(&mut self, host: &dyn Host, id: ContextId) {
-        let Some(Stream { case, state, .. }) = self.take(id) else { return };
-        let purpose = case.purpose();
-        match state {
-            State::Waiting(pending) => {
-                let rules = Rc::clone(&case.active);
-                let Some(local) = self.local(purpose) else { return };
-                let outcome = local.poll(host, &rules.rules, pending);
-                self.deliver(host, purpose);
-                let enforced = case.is_enforced();
-                let fate = self.absorb(host, id, case, Ok(outcome));
-                if enforced {
-                    self.carry_out(host, id, fate);
-                }
-            }
-            State::Holding(held) => {
-                let lost = held.lease.grants().iter().find(|grant| grant.until <= host.now());
-                match lost.map(|grant| grant.name.clone()) {
-                    Some(lock) => self.lose(host, id, case, held, &lock, Loss::HoldLimit),
-                    None => self.put(host, id, Stream { case, state: State::Holding(held), timer: None }),
-                }
-            }
-            State::Over(_) => self.put(host, id, Stream { case, state, timer: None }),
-        }
     }
 
     /// Does to a parked stream what was decided, from a callback of a root.
@@ -367,30 +310,6 @@ impl Runtime {
         // The host has no such stream any more, and will say nothing of its end.
         if !matches!(done, Ok(Ok(()))) {
             self.end(host, id);
-        }
-    }
-
-    /// A lease has ended while its request was upstream.
-    fn lose(&mut self, host: &dyn Host, id: ContextId, case: Case, held: Held, lock: &LockName, loss: Loss) {
-        let purpose = case.purpose();
-        let mode =
-            held.lease.grants().iter().find(|grant| grant.name == *lock).map_or(Mode::Exclusive, |grant| grant.mode);
-        let owner = held.lease.owner().clone();
-        if let Some(local) = self.local(purpose) {
-            // What it still holds goes with it.
-            local.release(host, &case.active.rules, held.lease);
-        }
-        self.deliver(host, purpose);
-        report::lost(host, &case, lock, loss);
-        let abort = case.is_enforced() && case.terms.on_lease_lost == OnLeaseLost::Abort;
-        if abort {
-            let refusal = Refusal { lock: lock.clone(), mode, owner, cause: Cause::LeaseLost { loss } };
-            let answer = Answer::refusal(&case, &Reject::Core(refusal), Duration::ZERO);
-            self.put(host, id, Stream { case, state: State::Over(Ended::Answered), timer: None });
-            self.carry_out(host, id, Fate::Answer(answer));
-        } else {
-            let state = State::Over(Ended::Lost(lock.clone()));
-            self.put(host, id, Stream { case, state, timer: None });
         }
     }
 
@@ -412,42 +331,6 @@ impl Runtime {
         self.put(host, id, Stream { case, state: State::Over(Ended::Answered), timer: None });
         if sent.is_err() {
             self.end(host, id);
-        }
-    }
-
-    /// Beats for one table, and looks at every lease if the VM was silent for too long.
-    fn beat(&mut self, host: &dyn Host, purpose: Purpose) {
-        let active = Rc::clone(&self.active);
-        let Some(local) = self.local(purpose) else { return };
-        match local.beat(host, &active.rules) {
-            Ok(false) => {}
-            Ok(true) => self.check_leases(host, purpose),
-            Err(error) => report::backend(host, &active, &error),
-        }
-    }
-
-    /// Finds the leases that ended while the VM was silent.
-    fn check_leases(&mut self, host: &dyn Host, purpose: Purpose) {
-        let mut lost = Vec::new();
-        for (id, Stream { case, state, .. }) in &self.streams {
-            let State::Holding(held) = state else { continue };
-            if case.purpose() != purpose {
-                continue;
-            }
-            let local = match purpose {
-                Purpose::Enforce => Some(&mut self.enforce),
-                Purpose::Audit => self.audit.as_mut(),
-            };
-            // What cannot be read now is found at the end of the stream.
-            if let Some(Ok(Some((lock, loss)))) = local.map(|local| local.check(host, &case.active.rules, &held.lease))
-            {
-                lost.push((*id, lock, loss));
-            }
-        }
-        for (id, lock, loss) in lost {
-            if let Some(Stream { case, state: State::Holding(held), .. }) = self.take(id) {
-                self.lose(host, id, case, held, &lock, loss);
-            }
         }
     }
 
@@ -504,22 +387,33 @@ impl Runtime {
         self.timers.extend(stream.timer.map(|timer| (timer, id)));
         self.streams.insert(id, stream);
     }
-
-    /// Sees to it that the next tick comes when it is needed.
-    fn arm(&mut self, host: &dyn Host) {
-        let now = host.now();
-        let due = self.timers.first().map_or(Time::NEVER, |(due, _)| *due);
-        let beats = [Some(&self.enforce), self.audit.as_ref()].into_iter().flatten().map(Local::next_beat);
-        let next = beats.chain([due, now + BEAT]).min().unwrap_or(now);
-        if let Err(error) = host.set_tick(next.since(now)) {
-            report::trouble(host, &self.active, &error);
-        }
-    }
 }
 
 /// A request that asked for something, as it came in.
 fn case(host: &dyn Host, active: &Rc<Active>, terms: Terms, owner: Option<OwnerId>, carried: Vec<Carried>) -> Case {
-    Case { active: Rc::clone(active), terms, owner, arrived: host.now(), carried, responding: false }
+    Case {
+        active: Rc::clone(active),
+        terms,
+        owner,
+        arrived: host.now(),
+        carried,
+        responding: false,
+        route: String::new(),
+    }
+}
+
+/// A request that does not get its locks: whether it is answered, or goes on all the same.
+fn reject_or_pass(host: &dyn Host, case: &Case, reject: Reject, waited: Duration) -> (State, Fate) {
+    report::refused(host, case, &reject, waited);
+    let failed = matches!(&reject, Reject::Core(Refusal { cause: Cause::Backend { .. }, .. }));
+    if failed && case.terms.on_backend_unavailable == OnUnavailable::Allow {
+        (State::Over(Ended::Unlocked), Fate::Forward)
+    } else if case.is_enforced() {
+        let answer = Answer::refusal(case, &reject, waited);
+        (State::Over(Ended::Answered), Fate::Answer(answer))
+    } else {
+        (State::Over(Ended::WouldRefuse(Box::new(reject))), Fate::Forward)
+    }
 }
 
 /// Removes what is the filter's to set, and what it consumes.

@@ -61,7 +61,8 @@ pub fn refused(host: &dyn Host, case: &Case, reject: &Reject, waited: Duration) 
         holders,
         cycle,
         waited,
-        route: &case.terms.asked_by,
+        asked_by: &case.terms.asked_by,
+        route: &case.route,
     };
     telemetry::log(host, &record);
 }
@@ -90,7 +91,8 @@ pub fn lost(host: &dyn Host, case: &Case, lock: &LockName, loss: Loss) {
         holders: &[],
         cycle: &[],
         waited: host.now().since(case.arrived),
-        route: &case.terms.asked_by,
+        asked_by: &case.terms.asked_by,
+        route: &case.route,
     };
     telemetry::log(host, &record);
 }
@@ -115,7 +117,8 @@ pub fn observe(host: &dyn Host, active: &Active, events: &[Event]) {
             holders: &[],
             cycle: &[],
             waited: *held_for,
-            route: &entry.asked_by,
+            asked_by: &entry.asked_by,
+            route: "",
         };
         telemetry::log(host, &record);
     }

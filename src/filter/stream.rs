@@ -10,6 +10,7 @@ use super::intake::Terms;
 use crate::answer::Reject;
 use crate::answer::headers::FenceMember;
 use crate::backend::local::Purpose;
+use crate::host::Host;
 use crate::policy::Enforcement;
 
 /// What a stream is doing. There is one state at a time, and the ways out take what it carries with them: nothing is
@@ -63,6 +64,8 @@ pub struct Case {
     pub carried: Vec<Carried>,
     /// Whether the response has begun.
     pub responding: bool,
+    /// The route that it took, as far as anybody needed to know.
+    pub route: String,
 }
 
 impl Case {
@@ -71,6 +74,14 @@ impl Case {
         match self.terms.enforcement {
             Enforcement::Enforce => Purpose::Enforce,
             Enforcement::Audit | Enforcement::Off => Purpose::Audit,
+        }
+    }
+
+    /// Finds out the name of its route, for people to read. Its stream must be the effective one.
+    pub fn name_route(&mut self, host: &dyn Host) {
+        if self.route.is_empty() {
+            let name = host.property(&["xds", "route_name"]).unwrap_or_default();
+            self.route = String::from_utf8_lossy(&name).into_owned();
         }
     }
 

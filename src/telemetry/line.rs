@@ -57,6 +57,8 @@ pub struct Record<'a> {
     pub cycle: &'a [Edge],
     /// How long the request waited.
     pub waited: Duration,
+    /// What asked for the lock: a rule, a kind of annotation.
+    pub asked_by: &'a str,
     /// The route that the request took, or would have taken.
     pub route: &'a str,
 }
@@ -82,6 +84,8 @@ struct Line<'a> {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     cycle: Vec<LineEdge<'a>>,
     waited_ms: u64,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    asked_by: &'a str,
     #[serde(skip_serializing_if = "str::is_empty")]
     route: &'a str,
 }
@@ -138,6 +142,7 @@ pub fn log(host: &dyn Host, record: &Record<'_>) {
         holders_not_listed: record.holders.len().checked_sub(HOLDERS_LOGGED).filter(|more| *more > 0),
         cycle: cycle.collect(),
         waited_ms: millis(record.waited),
+        asked_by: record.asked_by,
         route: record.route,
     };
     match serde_json::to_string(&line) {
@@ -201,6 +206,7 @@ mod tests {
             holders: &holders,
             cycle: &[edge("a", "b"), edge("b", "a")],
             waited: Duration::from_millis(9),
+            asked_by: "pay",
             route: "capture",
         };
         log(&host, &record);
@@ -216,7 +222,7 @@ mod tests {
             "lock": "order/1", "mode": "exclusive", "reason": "deadlock", "holders_not_listed": 8,
             "cycle": [{"owner": "a", "waits_for": "order/1", "held_by": "b"},
                       {"owner": "b", "waits_for": "order/1", "held_by": "a"}],
-            "waited_ms": 9, "route": "capture",
+            "waited_ms": 9, "asked_by": "pay", "route": "capture",
         });
         assert_eq!(line, expected);
     }
@@ -236,6 +242,7 @@ mod tests {
             holders: &[],
             cycle: &[],
             waited: Duration::ZERO,
+            asked_by: "",
             route: "",
         };
         host.take_calls();

@@ -1,0 +1,172 @@
+//! What a VM does unasked: ticks, wake-ups, heartbeats, housekeeping; and what these find out about its streams.
+//!
+//! All of it runs in callbacks of a root, the only place from which other streams may be answered.
+
+use std::rc::Rc;
+
+use interlock_core::session::BEAT;
+use interlock_core::{Cause, Duration, LockName, Loss, Mode, Refusal, Time};
+
+use super::respond::Answer;
+use super::stream::{Case, Ended, Held, State, Stream};
+use super::{Fate, Runtime, report};
+use crate::answer::Reject;
+use crate::backend::local::{Local, Purpose};
+use crate::host::{ContextId, Host, QueueId};
+use crate::policy::OnLeaseLost;
+
+impl Runtime {
+    /// Messages have come by a queue: waiters of this VM were granted their locks.
+    pub fn queue_ready(&mut self, host: &dyn Host, queue: QueueId) {
+        for purpose in [Purpose::Enforce, Purpose::Audit] {
+            let Some(local) = self.local(purpose).filter(|local| local.mailbox() == Some(queue)) else { continue };
+            for lease in local.woken(host) {
+                if let Some(id) = self.leases.get(&(purpose, lease)).copied() {
+                    self.look_after(host, id);
+                }
+            }
+        }
+        self.arm(host);
+    }
+
+    /// A tick of a root: beats, looks after whoever is due, keeps house. Says how soon the next one is needed.
+    pub fn tick(&mut self, host: &dyn Host) -> Duration {
+        for purpose in [Purpose::Enforce, Purpose::Audit] {
+            self.beat(host, purpose);
+        }
+        while let Some(purpose) = self.doubtful.pop_first() {
+            self.check_leases(host, purpose);
+        }
+        let now = host.now();
+        while let Some((_, id)) = self.timers.first().copied().filter(|(due, _)| *due <= now) {
+            self.look_after(host, id);
+        }
+        if now >= self.housekept + BEAT {
+            self.housekept = now;
+            self.keep_house(host);
+        }
+        self.next_due(host)
+    }
+
+    /// Keeps house, if that falls to this VM.
+    fn keep_house(&mut self, host: &dyn Host) {
+        let active = Rc::clone(&self.active);
+        let idle = !self.served;
+        for purpose in [Purpose::Enforce, Purpose::Audit] {
+            let Some(local) = self.local(purpose) else { continue };
+            match local.keep_house(host, &active.rules, idle) {
+                Ok(Some(census)) if purpose == Purpose::Enforce => active.telemetry.swept(host, &census),
+                Ok(_) => {}
+                Err(error) => report::backend(host, &active, &error),
+            }
+            self.deliver(host, purpose);
+        }
+    }
+
+    /// Looks after one stream: a waiter that may have been granted, or whose time is up; a lease at its hold limit. Only
+    /// from callbacks of a root, since it may have to answer the stream.
+    fn look_after(&mut self, host: &dyn Host, id: ContextId) {
+        let Some(Stream { case, state, .. }) = self.take(id) else { return };
+        let purpose = case.purpose();
+        match state {
+            State::Waiting(pending) => {
+                let rules = Rc::clone(&case.active);
+                let Some(local) = self.local(purpose) else { return };
+                let outcome = local.poll(host, &rules.rules, pending);
+                self.deliver(host, purpose);
+                let enforced = case.is_enforced();
+                let waited = host.now().since(case.arrived);
+                let fate = self.absorb(host, id, case, Ok(outcome), waited);
+                if enforced {
+                    self.carry_out(host, id, fate);
+                }
+            }
+            State::Holding(held) => {
+                let lost = held.lease.grants().iter().find(|grant| grant.until <= host.now());
+                match lost.map(|grant| grant.name.clone()) {
+                    Some(lock) => self.lose(host, id, case, held, &lock, Loss::HoldLimit),
+                    None => self.put(host, id, Stream { case, state: State::Holding(held), timer: None }),
+                }
+            }
+            State::Over(_) => self.put(host, id, Stream { case, state, timer: None }),
+        }
+    }
+
+    /// A lease has ended while its request was upstream.
+    fn lose(&mut self, host: &dyn Host, id: ContextId, mut case: Case, held: Held, lock: &LockName, loss: Loss) {
+        let purpose = case.purpose();
+        let mode =
+            held.lease.grants().iter().find(|grant| grant.name == *lock).map_or(Mode::Exclusive, |grant| grant.mode);
+        let owner = held.lease.owner().clone();
+        if let Some(local) = self.local(purpose) {
+            // What it still holds goes with it.
+            local.release(host, &case.active.rules, held.lease);
+        }
+        self.deliver(host, purpose);
+        let _ = host.within(id, |host| case.name_route(host));
+        report::lost(host, &case, lock, loss);
+        let abort = case.is_enforced() && case.terms.on_lease_lost == OnLeaseLost::Abort;
+        if abort {
+            let refusal = Refusal { lock: lock.clone(), mode, owner, cause: Cause::LeaseLost { loss } };
+            let answer = Answer::refusal(&case, &Reject::Core(refusal), Duration::ZERO);
+            self.put(host, id, Stream { case, state: State::Over(Ended::Answered), timer: None });
+            self.carry_out(host, id, Fate::Answer(answer));
+        } else {
+            let state = State::Over(Ended::Lost(lock.clone()));
+            self.put(host, id, Stream { case, state, timer: None });
+        }
+    }
+
+    /// Beats for one table, if it is time to. Does not look at leases: that may have to answer streams, which only a
+    /// callback of a root may do.
+    pub(super) fn beat(&mut self, host: &dyn Host, purpose: Purpose) {
+        let active = Rc::clone(&self.active);
+        let Some(local) = self.local(purpose) else { return };
+        match local.beat(host, &active.rules) {
+            Ok(false) => {}
+            Ok(true) => drop(self.doubtful.insert(purpose)),
+            Err(error) => report::backend(host, &active, &error),
+        }
+    }
+
+    /// Finds the leases of a table that ended while the VM was silent.
+    fn check_leases(&mut self, host: &dyn Host, purpose: Purpose) {
+        let mut lost = Vec::new();
+        for (id, Stream { case, state, .. }) in &self.streams {
+            let State::Holding(held) = state else { continue };
+            if case.purpose() != purpose {
+                continue;
+            }
+            let local = match purpose {
+                Purpose::Enforce => Some(&mut self.enforce),
+                Purpose::Audit => self.audit.as_mut(),
+            };
+            // What cannot be read now is found at the end of the stream.
+            if let Some(Ok(Some((lock, loss)))) = local.map(|local| local.check(host, &case.active.rules, &held.lease))
+            {
+                lost.push((*id, lock, loss));
+            }
+        }
+        for (id, lock, loss) in lost {
+            if let Some(Stream { case, state: State::Holding(held), .. }) = self.take(id) {
+                self.lose(host, id, case, held, &lock, loss);
+            }
+        }
+    }
+
+    /// How soon a tick is needed.
+    fn next_due(&self, host: &dyn Host) -> Duration {
+        let now = host.now();
+        let doubt = if self.doubtful.is_empty() { Time::NEVER } else { now };
+        let due = self.timers.first().map_or(Time::NEVER, |(due, _)| *due);
+        let beats = [Some(&self.enforce), self.audit.as_ref()].into_iter().flatten().map(Local::next_beat);
+        beats.chain([doubt, due, now + BEAT]).min().unwrap_or(now).since(now)
+    }
+
+    /// Sees to it that the next tick comes when it is needed.
+    pub(super) fn arm(&self, host: &dyn Host) {
+        if let Err(error) = host.set_tick(self.next_due(host)) {
+            report::trouble(host, &self.active, &error);
+        }
+    }
+}
