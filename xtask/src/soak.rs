@@ -38,7 +38,7 @@ pub struct SoakArgs {
     #[arg(long)]
     seed: Option<u64>,
     /// How many clients ask at a time
-    #[arg(long, default_value_t = 48, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    #[arg(long, default_value_t = 80, value_parser = clap::value_parser!(u32).range(1..=1000))]
     clients: u32,
     /// Use the plugin that is there instead of building it
     #[arg(long)]

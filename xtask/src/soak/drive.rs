@@ -357,7 +357,8 @@ impl Judge<'_> {
                 }
                 Verdict::Upstream
             }
-            (503, None) if self.call.ending == Ending::BreakBefore => {
+            // A reset of HTTP/2 may overtake the head that was on its way before it.
+            (503, None) if matches!(self.call.ending, Ending::BreakBefore | Ending::BreakAfter) => {
                 self.shared.numbers.broken_before += 1;
                 Verdict::Upstream
             }

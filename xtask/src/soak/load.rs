@@ -139,7 +139,8 @@ impl Call {
     fn by_header(mut self, wants: Vec<(String, Mode)>, wait: Duration) -> Self {
         let member = |(name, mode): &(String, Mode)| {
             let mode = if *mode == Mode::Shared { ";mode=shared" } else { "" };
-            format!("{name}{mode};wait={};ttl=1.5", wait.as_secs_f64())
+            // A Decimal has three digits behind its point, where a float may print more.
+            format!("{name}{mode};wait={}.{:03};ttl=1.5", wait.as_secs(), wait.subsec_millis())
         };
         self.lock = Some(wants.iter().map(member).collect::<Vec<_>>().join(", ").into_bytes());
         self.expect = Expect::Locks(Locks { wants, wait, hold: HOLD, may_deadlock: false, may_violate: false });

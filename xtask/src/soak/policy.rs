@@ -39,7 +39,7 @@ pub fn envoy(upstream: SocketAddr) -> EnvoyConfig {
         "owner": { "from": ["traceparent", "x-request-id"] },
         "backend": { "local": {} },
         "defaults": { "mode": "exclusive", "wait": millis(WAIT), "ttl": "1s", "hold": millis(HOLD) },
-        "limits": { "locks_per_request": LOCKS_PER_REQUEST, "waiters_per_lock": 12, "max_wait": "2s", "max_ttl": "5s" },
+        "limits": { "locks_per_request": LOCKS_PER_REQUEST, "waiters_per_lock": 8, "max_wait": "2s", "max_ttl": "5s" },
         "classes": [
             { "name": "account", "rank": 10 },
             { "name": "stock", "rank": 30, "hierarchy": true },
