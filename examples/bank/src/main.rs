@@ -1,6 +1,7 @@
 //! `bank accounts` and `bank transfers`: one of the two services, until it is interrupted.
 
 use std::net::SocketAddr;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -53,8 +54,17 @@ fn opening(text: &str) -> Result<(String, Cents), String> {
 }
 
 #[tokio::main]
-async fn main() -> anyhow::Result<()> {
-    let args = Args::parse();
+async fn main() -> ExitCode {
+    match serve(Args::parse()).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn serve(args: Args) -> anyhow::Result<()> {
     let proxy = Proxy::new(&args.proxy)?;
     let (port, router) = match args.service {
         Service::Accounts { port, accounts, write_time } => {
