@@ -44,7 +44,7 @@ pub enum State {
         deadline: Time,
         /// For how long a grant may be renewed.
         hold: Duration,
-        /// Whether its owner held the lock when it came: it stands before plain waiters.
+        /// Whether its owner held the lock in a weaker mode when it came: it stands before plain waiters.
         upgrade: bool,
     },
     /// It holds the lock.
@@ -61,6 +61,11 @@ pub enum State {
 }
 
 impl Entry {
+    /// Whether it waits as an upgrade, before plain waiters.
+    pub fn is_upgrade(&self) -> bool {
+        matches!(self.state, State::Waiting { upgrade: true, .. })
+    }
+
     /// Whether it holds the lock.
     pub fn is_held(&self) -> bool {
         matches!(self.state, State::Held { .. })
@@ -142,15 +147,16 @@ impl Queue {
         })
     }
 
-    /// Puts a waiter in its place: behind everybody, or behind the other upgrades if its owner holds the lock.
-    /// Where it stands does not change afterwards, so that no wait-for edge turns round without anyone asking.
+    /// Puts a waiter in its place: behind everybody, or behind the other upgrades if its owner holds the lock in a
+    /// weaker mode. Where it stands does not change afterwards, so that no wait-for edge turns round without anyone
+    /// asking. Another permit for who has one already is no upgrade: it waits its turn.
     pub fn enqueue(&mut self, mut entry: Entry) {
-        let owner_holds = self.held_by(&entry).is_some();
+        let upgrades = self.held_by(&entry).is_some_and(|(mode, _)| !mode.covers(entry.mode));
         if let State::Waiting { upgrade, .. } = &mut entry.state {
-            *upgrade = owner_holds;
+            *upgrade = upgrades;
         }
         let plain = |entry: &Entry| matches!(entry.state, State::Waiting { upgrade: false, .. });
-        let place = if owner_holds { self.entries.iter().position(plain) } else { None };
+        let place = if upgrades { self.entries.iter().position(plain) } else { None };
         self.entries.insert(place.unwrap_or(self.entries.len()), entry);
     }
 
@@ -158,6 +164,11 @@ impl Queue {
     pub fn remove(&mut self, lease: LeaseId) -> Option<Entry> {
         let at = self.entries.iter().position(|entry| entry.lease == lease)?;
         Some(self.entries.remove(at))
+    }
+
+    /// Removes and gives back everybody who holds the lock.
+    pub fn evict(&mut self) -> Vec<Entry> {
+        self.entries.extract_if(.., |entry| entry.is_held()).collect()
     }
 
     /// Whether [`Queue::reap`] would remove anything.

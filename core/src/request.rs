@@ -84,6 +84,11 @@ impl Request {
         self
     }
 
+    /// Whether the lock was asked for by name, and not only implied by one below it.
+    pub(crate) fn asks_for(&self, name: &LockName) -> bool {
+        self.asked.contains(name)
+    }
+
     /// The locks that it takes, in the order in which it takes them.
     pub fn wants(&self) -> &[Want] {
         &self.wants
@@ -136,7 +141,7 @@ impl Claim {
 
     pub(crate) fn push(&mut self, fence: Fence, until: Time) {
         if let Some(Want { name, mode, ttl, .. }) = self.next().cloned() {
-            let asked = self.request.asked.contains(&name);
+            let asked = self.request.asks_for(&name);
             self.grants.push(Grant { name, mode, fence, until, ttl, asked });
         }
     }

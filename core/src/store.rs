@@ -11,6 +11,7 @@ use crate::id::{LeaseId, OwnerId, SessionId};
 use crate::name::LockName;
 use crate::queue::Queue;
 use crate::session::Sessions;
+use crate::time::Time;
 
 /// How often a record is read and written anew before giving up. Two workers that fight over one record collide in
 /// about one of eight tries; so many in a row mean that something is broken.
@@ -74,7 +75,7 @@ pub trait Store {
     /// Writes a record if it still has that version. False, and nothing written, if it has not.
     ///
     /// # Errors
-    /// [`StoreError::Failed`].
+    /// [`StoreError::Failed`], and nothing written.
     fn write<R: Record>(&self, index: u32, record: &R, version: Version) -> Result<bool, StoreError>;
 }
 
@@ -192,6 +193,8 @@ pub struct Item {
     pub session: SessionId,
     /// Whether it may be waiting there.
     pub waiting: bool,
+    /// When this was written.
+    pub since: Time,
 }
 
 impl OwnerBucket {
@@ -219,16 +222,12 @@ impl OwnerBucket {
         answer
     }
 
-    /// Keeps only the items that `keep` approves of. True if any went.
-    pub fn retain(&mut self, mut keep: impl FnMut(&OwnerId, &Item) -> bool) -> bool {
-        let mut changed = false;
-        self.holdings.retain_mut(|Holdings { owner, items }| {
-            let before = items.len();
-            items.retain(|item| keep(owner, item));
-            changed |= items.len() < before;
+    /// Changes what is known of every owner; forgets those of whom that is nothing after.
+    pub fn with_each(&mut self, mut change: impl FnMut(&mut Vec<Item>)) {
+        self.holdings.retain_mut(|Holdings { items, .. }| {
+            change(items);
             !items.is_empty()
         });
-        changed
     }
 }
 

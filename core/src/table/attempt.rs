@@ -12,7 +12,7 @@ use crate::time::{Duration, Time};
 /// What became of one attempt at one lock.
 pub(super) enum Taken {
     Granted { fence: Fence, until: Time, over_waiters: bool },
-    Queued { poll_at: Time },
+    Queued { poll_at: Time, anew: bool, before_waiters: bool },
     Busy { holders: Vec<Holder>, retry_after: Duration },
     Full(Limit, u64),
 }
@@ -57,10 +57,7 @@ impl Table {
                 let entry = queue.entry(lease);
                 let taken = match entry.map(|entry| &entry.state) {
                     Some(State::Held { fence, until, .. }) => {
-                        // A re-entry adds no edge; a grant that needed a new fence does if others wait.
-                        let over_waiters = wakes.contains(&lease)
-                            && queue.waiters().next().is_some()
-                            && queue.holders().any(|held| held.lease != lease && held.owner == claim.request.owner);
+                        let over_waiters = !stood && wakes.contains(&lease) && is_over_waiters(queue, lease);
                         Taken::Granted { fence: *fence, until: *until, over_waiters }
                     }
                     Some(State::Waiting { .. }) if stance == Stance::Wait => {
@@ -70,9 +67,11 @@ impl Table {
                         } else if !stood && all_waiters >= u64::from(limits.waiters) {
                             Taken::Full(Limit::Waiters, u64::from(limits.waiters))
                         } else {
-                            let ahead = queue.entries().iter().filter(|other| other.lease != lease);
-                            let first = ahead.map(|other| other.ends(&self.sessions)).min();
-                            Taken::Queued { poll_at: first.unwrap_or(Time::NEVER) }
+                            // Its own end too: a worker that was away for too long has to look whether it still
+                            // stands there, and whether others took it for dead when they searched for cycles.
+                            let first = queue.entries().iter().map(|entry| entry.ends(&self.sessions)).min();
+                            let before_waiters = !stood && entry.is_some_and(Entry::is_upgrade);
+                            Taken::Queued { poll_at: first.unwrap_or(Time::NEVER), anew: !stood, before_waiters }
                         }
                     }
                     Some(State::Waiting { .. }) | None => self.busy(scene, queue, lease),
@@ -140,4 +139,16 @@ impl Table {
         // A refusal is read by people and travels in a header-sized answer: a few holders say enough.
         Taken::Busy { holders: others().filter_map(holder).take(8).collect(), retry_after }
     }
+}
+
+/// Whether an upgrade that was just granted keeps out others who wait. A re-entry keeps nobody out who was not before;
+/// it is under a fence that its owner had already.
+fn is_over_waiters(queue: &Queue, lease: LeaseId) -> bool {
+    let fence_of = |entry: &Entry| match entry.state {
+        State::Held { fence, .. } => Some(fence),
+        State::Waiting { .. } => None,
+    };
+    let Some(granted) = queue.entry(lease) else { return false };
+    let mut own = queue.holders().filter(|held| held.lease != lease && held.owner == granted.owner).peekable();
+    own.peek().is_some() && own.all(|held| fence_of(held) != fence_of(granted)) && queue.waiters().next().is_some()
 }

@@ -1,15 +1,17 @@
 //! The index by owner: what the order rule, the limits and the cycle search know an owner by.
 //!
 //! It is written before a lock is taken and cleaned after it is given back, so it may name too much and never too
-//! little; whoever relies on an item looks at the lock.
+//! little; whoever relies on an item looks at the lock. So nobody drops an item of a lease that may be on its way to
+//! its lock, however empty-handed it is found there.
 
 use super::{Debt, Scene, Table};
 use crate::id::{LeaseId, OwnerId, SessionId};
 use crate::name::LockName;
-use crate::queue::Entry;
 use crate::refusal::{Cause, Limit};
 use crate::request::{Claim, Request, Want};
+use crate::session::{DEAD_AFTER, Sessions};
 use crate::store::{self, Item, LockBucket, OwnerBucket, Save, Store, StoreError};
+use crate::time::Time;
 
 impl Table {
     /// Enters a request into the index by owner, if neither the order nor a limit is against it.
@@ -23,20 +25,20 @@ impl Table {
         let bucket = scene.store.bucket(request.owner.as_str());
         let refused = store::update(scene.store, bucket, |owners: &mut OwnerBucket| {
             owners.with_items(&request.owner, |items| {
-                if let Some((want, held)) = out_of_order(scene, items, request)? {
+                if let Some((want, held)) = self.out_of_order(scene, items, request)? {
                     return Ok((Some((Some(want), Cause::OrderViolation { held })), Save::No));
                 }
                 if let Some(most) = scene.rules.limits.locks_per_owner {
                     let most_items = usize::try_from(most).unwrap_or(usize::MAX);
                     if distinct(items, request) > most_items {
-                        drop_stale(scene, items)?;
+                        drop_stale(scene, &self.sessions, items)?;
                         if distinct(items, request) > most_items {
                             let cause = Cause::Limit { limit: Limit::LocksPerOwner, value: u64::from(most) };
                             return Ok((Some((None, cause)), Save::No));
                         }
                     }
                 }
-                items.extend(items_of(request, me, None));
+                items.extend(items_of(request, me, None, scene.now));
                 Ok((None, Save::Yes))
             })
         })?;
@@ -51,13 +53,48 @@ impl Table {
         store::update(scene.store, bucket, |owners: &mut OwnerBucket| {
             owners.with_items(&request.owner, |items| {
                 items.retain(|item| item.lease != request.lease);
-                items.extend(items_of(request, me, Some(next)));
+                items.extend(items_of(request, me, Some(next), scene.now));
                 Ok(((), Save::Yes))
             })
         })?;
         claim.indexed = true;
         claim.published = Some(next);
         Ok(())
+    }
+
+    /// The first lock of the request that sorts at or below one that the owner holds, with that one. Locks that the
+    /// owner holds already are no matter of order: they are re-entered or upgraded. Nor are the intents that a
+    /// hierarchy implies: nobody chooses when to ask for those.
+    fn out_of_order<S: Store>(
+        &mut self,
+        scene: &Scene<'_, S>,
+        items: &[Item],
+        request: &Request,
+    ) -> Result<Option<(Want, LockName)>, StoreError> {
+        let classes = &scene.rules.classes;
+        for want in request.wants.iter().filter(|want| request.asks_for(&want.name)) {
+            for item in items.iter().filter(|item| classes.violates(&item.lock, &want.name)) {
+                if !self.has(scene, item)? {
+                    continue;
+                }
+                let mut again = items.iter().filter(|other| other.lock == want.name);
+                if !again.try_fold(false, |found, other| Ok(found || self.has(scene, other)?))? {
+                    return Ok(Some((want.clone(), item.lock.clone())));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether the lease holds the lock now.
+    fn has<S: Store>(&mut self, scene: &Scene<'_, S>, item: &Item) -> Result<bool, StoreError> {
+        let (locks, _) = scene.store.read::<LockBucket>(scene.store.bucket(item.lock.as_str()))?;
+        let entry = locks.queue(&item.lock).and_then(|queue| queue.entry(item.lease)).filter(|entry| entry.is_held());
+        let Some(entry) = entry else { return Ok(false) };
+        if entry.ends(&self.sessions) <= scene.now {
+            self.refresh(scene)?;
+        }
+        Ok(entry.ends(&self.sessions) > scene.now)
     }
 
     /// Takes a lease out of the index by owner.
@@ -77,12 +114,18 @@ impl Table {
 }
 
 /// The index items of a request; `waiting` is the want that it is about to wait for.
-fn items_of(request: &Request, session: SessionId, waiting: Option<usize>) -> impl Iterator<Item = Item> + '_ {
+fn items_of(
+    request: &Request,
+    session: SessionId,
+    waiting: Option<usize>,
+    since: Time,
+) -> impl Iterator<Item = Item> + '_ {
     request.wants.iter().enumerate().map(move |(at, want)| Item {
         lock: want.name.clone(),
         lease: request.lease,
         session,
         waiting: waiting == Some(at),
+        since,
     })
 }
 
@@ -96,48 +139,31 @@ fn distinct(items: &[Item], request: &Request) -> usize {
 }
 
 /// Whether the lease has an entry at the lock, held or waiting.
-pub(super) fn stands<S: Store>(scene: &Scene<'_, S>, lock: &LockName, lease: LeaseId) -> Result<bool, StoreError> {
-    let (locks, _) = scene.store.read::<LockBucket>(scene.store.bucket(lock.as_str()))?;
-    Ok(locks.queue(lock).is_some_and(|queue| queue.entry(lease).is_some()))
-}
-
-/// Whether the lease holds the lock.
-fn holds<S: Store>(scene: &Scene<'_, S>, item: &Item) -> Result<bool, StoreError> {
+fn stands<S: Store>(scene: &Scene<'_, S>, item: &Item) -> Result<bool, StoreError> {
     let (locks, _) = scene.store.read::<LockBucket>(scene.store.bucket(item.lock.as_str()))?;
-    Ok(locks.queue(&item.lock).and_then(|queue| queue.entry(item.lease)).is_some_and(Entry::is_held))
+    Ok(locks.queue(&item.lock).is_some_and(|queue| queue.entry(item.lease).is_some()))
 }
 
-/// Drops the items that the locks know nothing of.
-fn drop_stale<S: Store>(scene: &Scene<'_, S>, items: &mut Vec<Item>) -> Result<(), StoreError> {
-    let mut kept = Vec::with_capacity(items.len());
-    for item in items.drain(..) {
-        if stands(scene, &item.lock, item.lease)? {
-            kept.push(item);
-        }
-    }
-    *items = kept;
-    Ok(())
-}
-
-/// The first lock of the request that sorts at or below one that the owner holds, with that one. Locks that the owner
-/// holds already are no matter of order: they are re-entered or upgraded.
-fn out_of_order<S: Store>(
+/// Drops the items of leases that no lock knows of. True if there were any. Those of workers that beat stay, and those
+/// written just now: they are written before the lock is taken. A lease that stands at one lock keeps all its items,
+/// since it may go on to the others.
+pub(super) fn drop_stale<S: Store>(
     scene: &Scene<'_, S>,
-    items: &[Item],
-    request: &Request,
-) -> Result<Option<(Want, LockName)>, StoreError> {
-    let classes = &scene.rules.classes;
-    for want in &request.wants {
-        for item in items.iter().filter(|item| classes.violates(&item.lock, &want.name)) {
-            if !holds(scene, item)? {
-                continue;
-            }
-            let mut again = items.iter().filter(|other| other.lock == want.name);
-            let held_already = again.try_fold(false, |found, other| Ok(found || holds(scene, other)?))?;
-            if !held_already {
-                return Ok(Some((want.clone(), item.lock.clone())));
-            }
+    sessions: &Sessions,
+    items: &mut Vec<Item>,
+) -> Result<bool, StoreError> {
+    let is_suspect = |item: &&Item| {
+        let beats = sessions.member(item.session).is_some_and(|member| member.is_alive(scene.now));
+        !beats && item.since + DEAD_AFTER <= scene.now
+    };
+    let mut suspects: Vec<LeaseId> = items.iter().filter(is_suspect).map(|item| item.lease).collect();
+    suspects.dedup();
+    let before = items.len();
+    for lease in suspects {
+        let mut own = items.iter().filter(|item| item.lease == lease);
+        if !own.try_fold(false, |found, item| Ok(found || stands(scene, item)?))? {
+            items.retain(|item| item.lease != lease);
         }
     }
-    Ok(None)
+    Ok(items.len() < before)
 }

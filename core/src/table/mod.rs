@@ -232,8 +232,26 @@ impl Table {
     pub fn poll<S: Store>(&mut self, scene: &Scene<'_, S>, pending: Pending) -> Outcome {
         self.fresh = false;
         self.load.waiters = self.load.waiters.saturating_sub(1);
-        let stance = if scene.now < pending.deadline { Stance::Wait } else { Stance::Last };
-        self.advance(scene, pending.claim, Some(stance))
+        let Pending { claim, deadline, .. } = pending;
+        // What it took before it had to wait may have ended meanwhile: by its hold limit, or while the worker was away.
+        if !claim.grants.is_empty() {
+            match self.renew_claim(scene, &claim, None) {
+                Ok(None) => {}
+                Ok(Some((lock, loss))) => {
+                    let at = claim.request.wants.iter().find(|want| want.name == lock).cloned();
+                    return self.refuse_at(scene, claim, at, Cause::LeaseLost { loss });
+                }
+                Err(error) => return self.refuse(scene, claim, error.into()),
+            }
+        }
+        let stance = if scene.now < deadline { Stance::Wait } else { Stance::Last };
+        self.advance(scene, claim, Some(stance))
+    }
+
+    /// When a request that waits must renew what it holds already: never, if its session's heartbeat does.
+    fn renew_at<S: Store>(&self, scene: &Scene<'_, S>, claim: &Claim) -> Time {
+        let ttl = claim.grants.iter().map(|grant| grant.ttl).min().filter(|_| self.me == SessionId::NONE);
+        ttl.map_or(Time::NEVER, |ttl| scene.now + ttl / 3)
     }
 
     /// Ends a request that waits: whoever asked has gone.
@@ -270,13 +288,24 @@ impl Table {
                     }
                     stance = Stance::Try;
                 }
-                Taken::Queued { poll_at } => match self.check_cycle(scene, &owner, Some(claim.request.lease)) {
-                    Ok(()) => {
-                        self.load.waiters += 1;
-                        return Outcome::Waiting(Pending { claim, poll_at: poll_at.min(deadline), deadline });
+                Taken::Queued { poll_at, anew, before_waiters } => {
+                    // It had been taken for dead and out of the queue: then out of the index as well, perhaps.
+                    if resumed.is_some()
+                        && anew
+                        && claim.is_published()
+                        && let Err(error) = self.publish(scene, &mut claim)
+                    {
+                        return self.refuse(scene, claim, error.into());
                     }
-                    Err(cause) => return self.refuse(scene, claim, cause),
-                },
+                    // An upgrade stands before plain waiters, who may be waited for by another request of its owner.
+                    let by = if before_waiters { None } else { Some(claim.request.lease) };
+                    if let Err(cause) = self.check_cycle(scene, &owner, by) {
+                        return self.refuse(scene, claim, cause);
+                    }
+                    self.load.waiters += 1;
+                    let poll_at = poll_at.min(deadline).min(self.renew_at(scene, &claim));
+                    return Outcome::Waiting(Pending { claim, poll_at, deadline });
+                }
                 Taken::Busy { holders, retry_after } if want.wait.is_zero() => {
                     return self.refuse(scene, claim, Cause::Held { holders, retry_after });
                 }
@@ -430,18 +459,21 @@ impl Table {
         // With old heartbeats a living lease could look ended, and its edge would be missed.
         self.refresh(scene)?;
         let mut reader = StoreReader { scene, sessions: &self.sessions };
-        match cycle::search(&mut reader, owner, by)? {
-            Search::Clear => Ok(()),
-            Search::Cycle(steps) if cycle::confirm(&mut reader, &steps)? => {
-                Err(Cause::Deadlock { cycle: cycle::edges(steps) })
-            }
-            // It was gone at the second look. Whoever closed it anew since has published before searching, and finds it.
-            Search::Cycle(_) => Ok(()),
-            Search::TooLong => {
-                let value = u64::try_from(cycle::MAX_OWNERS).unwrap_or(u64::MAX);
-                Err(Cause::Limit { limit: Limit::WaitChain, value })
+        for _ in 0..store::MAX_TRIES {
+            match cycle::search(&mut reader, owner, by)? {
+                Search::Clear => return Ok(()),
+                Search::Cycle(steps) if cycle::confirm(&mut reader, &steps)? => {
+                    return Err(Cause::Deadlock { cycle: cycle::edges(steps) });
+                }
+                // It was gone at the second look. There may be another one that the search did not come to.
+                Search::Cycle(_) => {}
+                Search::TooLong => {
+                    let value = u64::try_from(cycle::MAX_OWNERS).unwrap_or(u64::MAX);
+                    return Err(Cause::Limit { limit: Limit::WaitChain, value });
+                }
             }
         }
+        Err(StoreError::Contended.into())
     }
 }
 

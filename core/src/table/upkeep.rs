@@ -1,15 +1,16 @@
 //! What keeps a table in order while nobody asks for locks: heartbeats, renewals, sweeps, and second tries.
 
-use super::index::stands;
-use super::{Census, Debt, Scene, Table, Tally};
+use super::index::drop_stale;
+use super::{Census, Debt, Event, Scene, Table, Tally};
 use crate::fence::Fence;
 use crate::id::{OwnerId, SessionId};
 use crate::name::LockName;
 use crate::queue::{Entry, Queue, State};
 use crate::refusal::Loss;
-use crate::request::Lease;
+use crate::request::{Claim, Lease};
 use crate::session::Sessions;
 use crate::store::{self, LockBucket, OwnerBucket, Save, Store, StoreError};
+use crate::time::{Duration, Time};
 
 impl Table {
     /// The worker's heartbeat, which renews all its leases: joins when it has no session yet, or has lost it. Gives
@@ -58,26 +59,45 @@ impl Table {
         scene: &Scene<'_, S>,
         lease: &Lease,
     ) -> Result<Option<(LockName, Loss)>, StoreError> {
+        self.renew_claim(scene, &lease.claim, None)
+    }
+
+    /// As [`Table::renew`], and from now on with another TTL.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn renew_for<S: Store>(
+        &mut self,
+        scene: &Scene<'_, S>,
+        lease: &mut Lease,
+        ttl: Duration,
+    ) -> Result<Option<(LockName, Loss)>, StoreError> {
+        let lost = self.renew_claim(scene, &lease.claim, Some(ttl))?;
+        if lost.is_none() {
+            lease.claim.grants.iter_mut().for_each(|grant| grant.ttl = ttl);
+        }
+        Ok(lost)
+    }
+
+    pub(super) fn renew_claim<S: Store>(
+        &mut self,
+        scene: &Scene<'_, S>,
+        claim: &Claim,
+        ttl: Option<Duration>,
+    ) -> Result<Option<(LockName, Loss)>, StoreError> {
         self.fresh = false;
         self.refresh(scene)?;
-        for grant in lease.grants() {
-            let (bucket, id) = (scene.store.bucket(grant.name.as_str()), lease.id());
+        for grant in &claim.grants {
+            let (bucket, id) = (scene.store.bucket(grant.name.as_str()), claim.request.lease);
             let held = store::update(scene.store, bucket, |locks: &mut LockBucket| {
-                let mut held = false;
-                let mut save = Save::No;
-                let ended = |entry: &Entry| entry.ends(&self.sessions) <= scene.now;
-                if locks.queue(&grant.name).and_then(|queue| queue.entry(id)).is_some_and(|entry| !ended(entry)) {
-                    held = locks.with_queue(&grant.name, |queue, _| match queue.entry_mut(id) {
-                        Some(Entry { session: SessionId::NONE, state: State::Held { renewed, .. }, .. }) => {
-                            *renewed = scene.now;
-                            save = Save::Yes;
-                            true
-                        }
-                        Some(entry) => entry.is_held(),
-                        None => false,
-                    });
+                let valid = |entry: &&Entry| entry.is_held() && entry.ends(&self.sessions) > scene.now;
+                if locks.queue(&grant.name).and_then(|queue| queue.entry(id)).filter(valid).is_none() {
+                    return Ok((false, Save::No));
                 }
-                Ok((held, save))
+                let changed = locks.with_queue(&grant.name, |queue, _| {
+                    queue.entry_mut(id).is_some_and(|entry| renew_entry(entry, ttl, scene.now))
+                });
+                Ok((true, Save::from(changed)))
             })?;
             if !held {
                 let loss = if grant.until <= scene.now { Loss::HoldLimit } else { Loss::Expired };
@@ -85,6 +105,36 @@ impl Table {
             }
         }
         Ok(None)
+    }
+
+    /// Breaks the glass: takes a lock away from whoever holds it, and raises its fence, so that a resource that hears
+    /// of it refuses the former holders. Those who wait move up. Gives back the grants that it ended.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn break_glass<S: Store>(&mut self, scene: &Scene<'_, S>, lock: &LockName) -> Result<Vec<Entry>, StoreError> {
+        self.fresh = false;
+        let mut events = Vec::new();
+        let (ended, wakes) =
+            store::update(scene.store, scene.store.bucket(lock.as_str()), |locks: &mut LockBucket| {
+                events.clear();
+                locks.with_queue(lock, |queue, highest| {
+                    self.reap(scene, queue, &mut events)?;
+                    let ended = queue.evict();
+                    events.extend(ended.iter().filter_map(|entry| match entry.state {
+                        State::Held { since, .. } => {
+                            Some(Event::Released { lock: lock.clone(), held_for: scene.now.since(since) })
+                        }
+                        State::Waiting { .. } => None,
+                    }));
+                    *highest = highest.next(Fence::floor(scene.unix_micros));
+                    let wakes = self.tidy(scene, queue, highest, None, &mut events)?;
+                    Ok(((ended, wakes), Save::Yes))
+                })
+            })?;
+        self.effects.events.append(&mut events);
+        self.effects.wakes.extend(wakes);
+        Ok(ended)
     }
 
     /// Removes what has ended from one bucket, grants what can then be granted, and adds what is left to `census`. Whoever
@@ -117,24 +167,13 @@ impl Table {
         self.effects.events.append(&mut events);
         self.effects.wakes.append(&mut wakes);
         let owners = store::update(scene.store, bucket, |owners: &mut OwnerBucket| {
-            let mut outcome = Ok(());
-            let changed = owners.retain(|_, item| {
-                let session = self.sessions.member(item.session);
-                let may_be_stale =
-                    item.session == SessionId::NONE || session.is_none_or(|member| !member.is_alive(scene.now));
-                if !may_be_stale {
-                    return true;
-                }
-                match stands(scene, &item.lock, item.lease) {
-                    Ok(stands) => stands,
-                    Err(error) => {
-                        outcome = Err(error);
-                        true
-                    }
+            let mut outcome = Ok(false);
+            owners.with_each(|items| {
+                if let Ok(changed) = outcome {
+                    outcome = drop_stale(scene, &self.sessions, items).map(|dropped| dropped || changed);
                 }
             });
-            outcome?;
-            Ok((count(owners.holdings().len()), Save::from(changed)))
+            Ok((count(owners.holdings().len()), Save::from(outcome?)))
         })?;
         census.locks += locks;
         census.owners += owners;
@@ -171,11 +210,26 @@ impl Table {
         self.refresh(scene)?;
         let (locks, _) = scene.store.read::<LockBucket>(scene.store.bucket(lock.as_str()))?;
         let holder = locks.queue(lock).and_then(|queue| {
+            // Several, where it was re-entered: any that is still valid will do.
             let under = |entry: &&Entry| matches!(entry.state, State::Held { fence: held, .. } if held == fence);
-            queue.holders().find(under).filter(|entry| entry.ends(&self.sessions) > scene.now)
+            queue.holders().filter(under).find(|entry| entry.ends(&self.sessions) > scene.now)
         });
         Ok(holder.map(|entry| entry.owner.clone()))
     }
+}
+
+/// Renews what lives by its own renewals, and sets the TTL where there is a new one. False if nothing changed.
+fn renew_entry(entry: &mut Entry, ttl: Option<Duration>, now: Time) -> bool {
+    let mut changed = false;
+    if let (SessionId::NONE, State::Held { renewed, .. }) = (entry.session, &mut entry.state) {
+        *renewed = now;
+        changed = true;
+    }
+    if let Some(ttl) = ttl.filter(|ttl| *ttl != entry.ttl) {
+        entry.ttl = ttl;
+        changed = true;
+    }
+    changed
 }
 
 /// The locks of a bucket, in all and by class.
