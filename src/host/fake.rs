@@ -7,13 +7,16 @@
 #![allow(dead_code, reason = "not every test needs every part of a proxy")]
 
 mod calls;
+mod faults;
 mod tests;
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 
-use interlock_core::Duration;
+use interlock_core::{Duration, Time};
+
+use faults::Faults;
 
 use super::{ContextId, Headers, HostError, Level, MetricId, MetricKind, QueueId, Status};
 
@@ -36,6 +39,8 @@ struct Process {
 struct FakeQueue {
     name: String,
     vm: u32,
+    /// The root that registered it: notices go there.
+    root: u32,
     messages: VecDeque<Vec<u8>>,
     /// Notices that the registrant has not been given yet.
     notices: usize,
@@ -79,9 +84,15 @@ impl FakeProxy {
             faults: RefCell::default(),
             lines: RefCell::default(),
             log_level: Cell::new(Level::Info),
-            tick: Cell::new(None),
+            root: Cell::new(0),
+            ticks: RefCell::default(),
             node: RefCell::default(),
         }
+    }
+
+    /// The monotonic clock, for a test to look at: not counted.
+    pub(crate) fn now(&self) -> Time {
+        Time::from_micros(self.state.borrow().now)
     }
 
     /// Time passes, on both clocks.
@@ -206,13 +217,6 @@ impl Calls {
     }
 }
 
-#[derive(Default)]
-struct Faults {
-    conflicts: u32,
-    lost_messages: u32,
-    failures: BTreeMap<&'static str, (u32, Status)>,
-}
-
 /// One VM.
 pub(crate) struct FakeHost {
     proxy: Rc<FakeProxy>,
@@ -225,7 +229,10 @@ pub(crate) struct FakeHost {
     faults: RefCell<Faults>,
     lines: RefCell<Vec<(Level, String)>>,
     log_level: Cell<Level>,
-    tick: Cell<Option<Duration>>,
+    /// The root of the context whose callback runs.
+    root: Cell<u32>,
+    /// Each root's timer: its period, and when it is due next.
+    ticks: RefCell<BTreeMap<u32, (Duration, Time)>>,
     node: RefCell<BTreeMap<String, Vec<u8>>>,
 }
 
@@ -290,6 +297,18 @@ impl FakeHost {
         self.run(Some(stream));
     }
 
+    /// The streams that were answered by the plugin, which the host is about to send.
+    pub(crate) fn answered(&self) -> Vec<ContextId> {
+        let streams = self.streams.borrow();
+        streams.iter().filter(|(_, stream)| !stream.replies.is_empty()).map(|(id, _)| *id).collect()
+    }
+
+    /// A response begins, with these headers, and a callback of the stream runs from here on.
+    pub(crate) fn respond(&self, stream: ContextId, headers: &[(String, Vec<u8>)]) {
+        self.edit(stream, |stream| stream.response = headers.to_vec());
+        self.enter_phase(stream, Phase::Response);
+    }
+
     /// The stream is gone; a root callback runs from here on.
     pub(crate) fn close(&self, stream: ContextId) -> FakeStream {
         self.run(None);
@@ -302,11 +321,16 @@ impl FakeHost {
 
     /// The queues of this VM that have messages it was not yet told of, once for each message: one `on_queue_ready` each.
     pub(crate) fn notices(&self) -> Vec<QueueId> {
+        self.deliveries().into_iter().map(|(_, queue)| queue).collect()
+    }
+
+    /// As [`FakeHost::notices`], with the root that each goes to.
+    pub(crate) fn deliveries(&self) -> Vec<(u32, QueueId)> {
         let mut state = self.proxy.state.borrow_mut();
         let mut notices = Vec::new();
         for (at, queue) in state.queues.iter_mut().enumerate().filter(|(_, queue)| queue.vm == self.vm) {
             let id = QueueId(u32::try_from(at).unwrap() + 1);
-            notices.extend(core::iter::repeat_n(id, core::mem::take(&mut queue.notices)));
+            notices.extend(core::iter::repeat_n((queue.root, id), core::mem::take(&mut queue.notices)));
         }
         notices
     }
@@ -321,24 +345,32 @@ impl FakeHost {
         self.lines.take()
     }
 
-    /// The period of the ticks that were asked for.
+    /// Callbacks from here on are of that root or of its streams: ticks and queues that are asked for are its own.
+    pub(crate) fn set_root(&self, root: u32) {
+        self.root.set(root);
+    }
+
+    /// The root is gone, and its timer with it.
+    pub(crate) fn drop_root(&self, root: u32) {
+        self.ticks.borrow_mut().remove(&root);
+    }
+
+    /// The period of the ticks that this root asked for.
     pub(crate) fn tick(&self) -> Option<Duration> {
-        self.tick.get()
+        self.ticks.borrow().get(&self.root.get()).map(|(period, _)| *period)
     }
 
-    /// The next writes of shared data find that somebody else was faster.
-    pub(crate) fn conflict_next(&self, writes: u32) {
-        self.faults.borrow_mut().conflicts = writes;
+    /// The next tick of this VM, and the root that it is for.
+    pub(crate) fn next_tick(&self) -> Option<(Time, u32)> {
+        self.ticks.borrow().iter().map(|(root, (_, due))| (*due, *root)).min()
     }
 
-    /// The next messages that this VM sends are lost.
-    pub(crate) fn lose_next(&self, messages: u32) {
-        self.faults.borrow_mut().lost_messages = messages;
-    }
-
-    /// The next calls of that method fail.
-    pub(crate) fn fail_next(&self, call: &'static str, times: u32, status: Status) {
-        self.faults.borrow_mut().failures.insert(call, (times, status));
+    /// The tick of that root has run: its timer starts again.
+    pub(crate) fn rearm(&self, root: u32) {
+        let now = self.proxy.now();
+        if let Some((period, due)) = self.ticks.borrow_mut().get_mut(&root) {
+            *due = now + *period;
+        }
     }
 
     fn edit<T>(&self, stream: ContextId, edit: impl FnOnce(&mut FakeStream) -> T) -> T {
@@ -347,16 +379,6 @@ impl FakeHost {
 
     fn count(&self, count: impl FnOnce(&mut Calls)) {
         count(&mut self.calls.borrow_mut());
-    }
-
-    fn fault(&self, call: &'static str) -> Result<(), HostError> {
-        match self.faults.borrow_mut().failures.get_mut(call) {
-            Some((times, status)) if *times > 0 => {
-                *times -= 1;
-                Err(HostError { call, status: *status })
-            }
-            _ => Ok(()),
-        }
     }
 
     fn effective(&self) -> Option<ContextId> {

@@ -118,13 +118,13 @@ impl Host for FakeHost {
 
     fn shared_get(&self, key: &str) -> Result<Option<(Vec<u8>, Cas)>, HostError> {
         self.count(|calls| calls.shared_reads += 1);
-        self.fault("shared_get")?;
+        self.shared_fault("shared_get")?;
         Ok(self.proxy.state.borrow().shared.get(key).map(|(value, cas)| (value.clone(), Cas(*cas))))
     }
 
     fn shared_set(&self, key: &str, value: &[u8], expected: Expected) -> Result<Stored, HostError> {
         self.count(|calls| calls.shared_writes += 1);
-        self.fault("shared_set")?;
+        self.shared_fault("shared_set")?;
         let conflicts = &mut self.faults.borrow_mut().conflicts;
         if *conflicts > 0 {
             *conflicts -= 1;
@@ -149,10 +149,11 @@ impl Host for FakeHost {
         let mut state = self.proxy.state.borrow_mut();
         let at = state.queues.iter().position(|queue| queue.name == name).unwrap_or(state.queues.len());
         match state.queues.get_mut(at) {
-            Some(queue) => queue.vm = self.vm,
+            Some(queue) => (queue.vm, queue.root) = (self.vm, self.root.get()),
             None => state.queues.push(FakeQueue {
                 name: name.to_owned(),
                 vm: self.vm,
+                root: self.root.get(),
                 messages: VecDeque::new(),
                 notices: 0,
             }),
@@ -218,7 +219,10 @@ impl Host for FakeHost {
     fn set_tick(&self, period: Duration) -> Result<(), HostError> {
         self.count(|calls| calls.ticks_set += 1);
         self.fault("set_tick")?;
-        self.tick.set(Some(period));
+        // Whole milliseconds, at least one, as the ABI has it.
+        let micros = u64::try_from(period.as_micros()).unwrap().div_ceil(1000).max(1) * 1000;
+        let period = Duration::from_micros(micros);
+        self.ticks.borrow_mut().insert(self.root.get(), (period, self.proxy.now() + period));
         Ok(())
     }
 
