@@ -1,0 +1,230 @@
+//! Where the tests run: an Envoy for each module, in it a listener with a policy and an instance of its own for each
+//! test. Tests that share an Envoy can therefore run at once, and each can tell that it left nothing behind.
+//!
+//! No assertion about a single feature lives here.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::{Arc, LazyLock, Weak};
+use std::time::Duration;
+
+use interlock_testkit::{Answer, Client, Envoy, EnvoyConfig, RawClient, Upstream, wait_for_async};
+use serde_json::{Value, json};
+use tokio::runtime::Runtime;
+use tokio::sync::Mutex;
+
+/// No condition takes longer to come true, on a machine that has other things to do too.
+pub const DEADLINE: Duration = Duration::from_secs(20);
+
+/// One runtime for all tests: an upstream, or a pooled connection, must outlive the test that made it.
+static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| Runtime::new().expect("a runtime"));
+
+/// Runs one test.
+pub fn run(test: impl Future<Output = ()>) {
+    RUNTIME.block_on(test);
+}
+
+/// An Envoy with two workers and this policy, in front of an upstream that does as it is told.
+pub async fn start(policy: Value) -> (Envoy, Upstream) {
+    let upstream = Upstream::start().await.expect("an upstream");
+    let config = EnvoyConfig::local().policy(policy).upstream(upstream.address());
+    (Envoy::start(config).await.expect("an Envoy"), upstream)
+}
+
+/// Waits until a whole Envoy is at rest: nobody holds or waits, and a sweep of the whole table that began after that found
+/// no lock and no owner in it. Besides, no VM has died.
+///
+/// Only for an Envoy with one instance: sweeps of several count together.
+///
+/// # Panics
+/// When it is not at rest in time.
+pub async fn quiet(envoy: &Envoy) {
+    at_rest(envoy, &[]).await;
+    // The sweep that goes on may have begun before; the one after it cannot.
+    let swept = envoy.metric("interlock_sweep_total", &[]).await.expect("the admin endpoint");
+    envoy.wait_metric("interlock_sweep_total", &[], |now| now >= swept + 2.0, DEADLINE).await;
+    at_rest(envoy, &[]).await;
+    assert_eq!(reloads(envoy).await, BTreeMap::new(), "VMs died");
+}
+
+/// The gauges of the table that must all be 0 in the end.
+const GAUGES: [&str; 4] = ["interlock_held", "interlock_waiting", "interlock_table_locks", "interlock_table_owners"];
+
+async fn at_rest(envoy: &Envoy, labels: &[(&str, &str)]) {
+    let mut seen = Vec::new();
+    let what = format!("{GAUGES:?} with {labels:?} to be 0");
+    wait_for_async(&what, DEADLINE, async || {
+        let Ok(samples) = envoy.metrics().await else { return false };
+        seen = GAUGES.map(|gauge| interlock_testkit::stats::sum(&samples, gauge, labels)).to_vec();
+        seen.iter().all(|value| *value == 0.0)
+    })
+    .await;
+}
+
+/// Envoy's counters of VMs that died or could not be replaced, as far as they are not 0.
+pub async fn reloads(envoy: &Envoy) -> BTreeMap<String, u64> {
+    let stats = envoy.stats().await.expect("the admin endpoint");
+    stats.into_iter().filter(|(name, count)| name.contains("vm_reload") && *count > 0).collect()
+}
+
+/// The listener of one test: its policy, and what has to be different about it.
+pub struct Plan {
+    policy: Value,
+    patch: fn(EnvoyConfig) -> EnvoyConfig,
+}
+
+impl Plan {
+    /// With this policy, less its `instance`, which is the test's.
+    pub fn new(policy: Value) -> Self {
+        Plan { policy, patch: |config| config }
+    }
+
+    /// Changes the listener, before its routes and its policy are made the test's own.
+    pub fn patch(self, patch: fn(EnvoyConfig) -> EnvoyConfig) -> Self {
+        Plan { patch, ..self }
+    }
+
+    async fn build(mut self, name: &str) -> (EnvoyConfig, Upstream) {
+        let upstream = Upstream::start().await.expect("an upstream");
+        self.policy["instance"] = json!(name);
+        let sentinel = json!({
+            "name": "sentinel",
+            "match": { "path": SENTINEL },
+            "locks": [{ "name": "sentinel/1" }],
+            "enforcement": "enforce",
+        });
+        match self.policy["rules"].as_array_mut() {
+            Some(rules) => rules.push(sentinel),
+            None => self.policy["rules"] = json!([sentinel]),
+        }
+        let config = EnvoyConfig::local().policy(self.policy).upstream(upstream.address());
+        ((self.patch)(config), upstream)
+    }
+}
+
+/// The path that takes a lock whatever the policy, by which a test proves that it looked at the table after its end.
+const SENTINEL: &str = "/sentinel";
+
+/// The Envoy of a module: started by the first test that needs it, ended by the last.
+pub struct Stage {
+    plans: fn() -> Vec<(&'static str, Plan)>,
+    running: Mutex<Weak<Running>>,
+}
+
+struct Running {
+    envoy: Envoy,
+    upstreams: BTreeMap<&'static str, Upstream>,
+}
+
+impl Stage {
+    /// The stage with these listeners.
+    pub const fn new(plans: fn() -> Vec<(&'static str, Plan)>) -> Self {
+        Stage { plans, running: Mutex::const_new(Weak::new()) }
+    }
+
+    /// The listener of this name.
+    pub async fn lane(&self, name: &'static str) -> Lane {
+        let mut running = self.running.lock().await;
+        let stage = match running.upgrade() {
+            Some(stage) => stage,
+            None => Arc::new(Self::run((self.plans)()).await),
+        };
+        *running = Arc::downgrade(&stage);
+        assert!(stage.upstreams.contains_key(name), "no plan for {name}");
+        Lane { stage, name }
+    }
+
+    async fn run(plans: Vec<(&'static str, Plan)>) -> Running {
+        let (mut listeners, mut clusters, mut upstreams) = (Vec::new(), Vec::new(), BTreeMap::new());
+        for (name, plan) in plans {
+            let (config, upstream) = plan.build(name).await;
+            let config = config.patch_routes(|routes| {
+                for route in routes.iter_mut().filter(|route| route["route"]["cluster"] == "upstream") {
+                    route["route"]["cluster"] = json!(name);
+                }
+            });
+            let resources = &config.bootstrap()["static_resources"];
+            let mut listener = resources["listeners"][0].clone();
+            listener["name"] = json!(name);
+            listeners.push(listener);
+            let all = resources["clusters"].as_array().expect("clusters");
+            let mut cluster = all.iter().find(|cluster| cluster["name"] == "upstream").expect("the upstream").clone();
+            cluster["name"] = json!(name);
+            cluster["load_assignment"]["cluster_name"] = json!(name);
+            clusters.push(cluster);
+            upstreams.insert(name, upstream);
+        }
+        let config = EnvoyConfig::local().patch(|bootstrap| {
+            bootstrap["static_resources"] = json!({ "listeners": listeners, "clusters": clusters });
+        });
+        Running { envoy: Envoy::start(config).await.expect("an Envoy"), upstreams }
+    }
+}
+
+/// A test's own listener, instance and upstream.
+pub struct Lane {
+    stage: Arc<Running>,
+    name: &'static str,
+}
+
+impl Lane {
+    /// The Envoy.
+    pub fn envoy(&self) -> &Envoy {
+        &self.stage.envoy
+    }
+
+    /// The upstream behind it.
+    pub fn upstream(&self) -> &Upstream {
+        &self.stage.upstreams[self.name]
+    }
+
+    /// Where the listener is.
+    pub fn address(&self) -> SocketAddr {
+        self.envoy().listener(self.name).expect("the listener")
+    }
+
+    /// The URL of a path.
+    pub fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.address())
+    }
+
+    /// A connection below HTTP.
+    pub async fn raw(&self) -> RawClient {
+        RawClient::connect(self.address()).await.expect("a connection")
+    }
+
+    /// Waits until so many locks of this instance are held, in the eyes of a sweep.
+    pub async fn wait_held(&self, count: u32) {
+        self.wait_gauge("interlock_held", count).await;
+    }
+
+    /// Waits until so many requests stand in queues of this instance, in the eyes of a sweep.
+    pub async fn wait_waiting(&self, count: u32) {
+        self.wait_gauge("interlock_waiting", count).await;
+    }
+
+    async fn wait_gauge(&self, gauge: &str, count: u32) {
+        let labels = [("instance", self.name)];
+        self.envoy().wait_metric(gauge, &labels, |now| now == f64::from(count), DEADLINE).await;
+    }
+
+    /// Ends a test: nothing holds, nothing waits, the table is empty, no VM has died, and the upstream saw no two requests
+    /// that exclude each other.
+    ///
+    /// A lock is taken after the end of the test, and seen by a sweep. A later sweep that no longer sees it has begun
+    /// after the end of the test too; so has what it says of all other locks.
+    pub async fn quiet(&self) {
+        self.upstream().wait_idle().await;
+        self.upstream().close(SENTINEL);
+        let sentinel = Client::http1_fresh().get(self.url(&format!("{SENTINEL}?hold"))).spawn();
+        let labels = [("instance", self.name), ("class", "other")];
+        self.envoy().wait_metric("interlock_held", &labels, |held| held >= 1.0, DEADLINE).await;
+        self.upstream().open(SENTINEL);
+        let answer: Answer = sentinel.answer().await.expect("an answer");
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        at_rest(self.envoy(), &labels[..1]).await;
+        assert_eq!(reloads(self.envoy()).await, BTreeMap::new(), "VMs died");
+        self.upstream().checker().assert_clean();
+    }
+}

@@ -1,0 +1,1 @@
+//! Requests that get their locks: at once, after a wait, again, together.

@@ -1,0 +1,1 @@
+//! Every refusal that a local backend can give, over HTTP and gRPC.
