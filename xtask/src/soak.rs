@@ -12,6 +12,7 @@ mod policy;
 mod report;
 mod watch;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -84,16 +85,18 @@ async fn soak(args: &SoakArgs) -> Result<()> {
     for client in 0..args.clients {
         clients.spawn(client_loop(Arc::clone(&driver), seed, client, start + length));
     }
-    let samples = watch::memory(&envoy, length).await?;
+    let samples = watch::memory(&envoy, length, |sample| tell(&driver, sample)).await?;
     while let Some(ended) = clients.join_next().await {
         ended.context("a client panicked")?;
     }
     let took = start.elapsed();
     settle(&driver).await;
     let mut wrong = watch::aftermath(&envoy).await?;
-    wrong.extend(both_workers(&envoy).await?);
+    let stats = envoy.stats().await?;
+    wrong.extend(both_workers(&stats));
+    wrong.extend(driver.lock().numbers.against(|counter| watch::sum(&stats, counter)));
     wrong.extend(watch::growth(&samples));
-    judge(&driver, &samples, took, wrong)
+    judge(&driver, &samples, took, wrong, seed)
 }
 
 /// One client: one transaction after the other, each in the name of an owner of its own.
@@ -122,32 +125,43 @@ async fn settle(driver: &Driver) {
     shared.ledger.violation(what);
 }
 
+/// Says how it goes, about once a minute.
+fn tell(driver: &Driver, sample: &watch::Sample) {
+    // Samples of a long soak are ten seconds apart.
+    let seconds = sample.at.as_secs();
+    if seconds >= 60 && seconds % 60 < 10 {
+        let shared = driver.lock();
+        let (requests, violations) = (shared.numbers.requests(), shared.ledger.violations().count);
+        println!("{seconds:>6} s: {requests} requests, {violations} violations, {} MiB", sample.resident >> 20);
+    }
+}
+
 /// Whether both workers had a part in it.
-async fn both_workers(envoy: &Envoy) -> Result<Option<String>> {
-    let stats = envoy.stats().await?;
+fn both_workers(stats: &BTreeMap<String, u64>) -> Option<String> {
     let connections = |worker: &str| -> u64 {
         let of = |(name, _): &(&String, &u64)| name.contains(worker) && name.ends_with(".downstream_cx_total");
         stats.iter().filter(of).map(|(_, value)| value).sum()
     };
     let (zero, one) = (connections(".worker_0."), connections(".worker_1."));
     println!("connections: {zero} to one worker, {one} to the other");
-    Ok((zero == 0 || one == 0).then(|| "one worker had nothing to do".to_owned()))
+    (zero == 0 || one == 0).then(|| "one worker had nothing to do".to_owned())
 }
 
-fn judge(driver: &Driver, samples: &[watch::Sample], took: Duration, wrong: Vec<String>) -> Result<()> {
+fn judge(driver: &Driver, samples: &[watch::Sample], took: Duration, wrong: Vec<String>, seed: u64) -> Result<()> {
     let shared = driver.lock();
     let tally = shared.ledger.tally();
     shared.numbers.print(&tally, took);
     watch::print(samples);
     let missing = shared.numbers.missing(&tally, took);
     let violations = shared.ledger.violations();
-    let failures: Vec<_> = violations.iter().chain(&wrong).chain(&missing).collect();
-    println!("violations: {}, of Envoy: {}, not shown: {}", violations.len(), wrong.len(), missing.len());
-    if failures.is_empty() {
-        return Ok(());
-    }
-    for (number, failure) in violations.iter().take(SHOWN).chain(&wrong).chain(&missing).enumerate() {
+    println!("violations: {}, of Envoy: {}, not shown: {}", violations.count, wrong.len(), missing.len());
+    let failures = violations.first.iter().take(SHOWN).chain(&wrong).chain(&missing);
+    for (number, failure) in failures.enumerate() {
         println!("\n{}. {failure}", number + 1);
     }
-    bail!("the soak failed in {} ways", failures.len())
+    let count = violations.count + (wrong.len() + missing.len()) as u64;
+    if count > 0 {
+        bail!("the soak failed in {count} ways; --seed {seed} draws the same load again");
+    }
+    Ok(())
 }

@@ -135,7 +135,7 @@ impl Driver {
             let mut shared = self.lock();
             let now = Instant::now();
             shared.owners.insert(name.clone(), Owner { locks: call.every_lock().into_iter().collect(), ended: None });
-            if shared.next % 1024 == 0 {
+            if shared.next.is_multiple_of(1024) {
                 shared.owners.retain(|_, owner| owner.ended.is_none_or(|ended| now < ended + GONE));
             }
         }
@@ -324,6 +324,9 @@ impl Judge<'_> {
                         if waited > wait + SLACK || waited > self.took + EARLY {
                             self.wrong.push(format!("it says it waited {waited:?}, of {wait:?}"));
                         }
+                        if waited > locks.sooner_than {
+                            self.wrong.push(format!("it waited {waited:?} in a queue that moves on all the time"));
+                        }
                         self.shared.numbers.granted(waited);
                     }
                     other => self.wrong.push(format!("acquired, where {other:?} was expected")),
@@ -396,7 +399,10 @@ impl Judge<'_> {
             self.wrong.push(format!("it may wait {:?} and was answered after {:?}", locks.wait, self.took));
         }
         let possible = match slug {
-            "wait-timeout" => !locks.wait.is_zero() && self.took + EARLY >= locks.wait,
+            "wait-timeout" => {
+                let in_time = self.took + EARLY >= locks.wait && locks.wait < locks.sooner_than;
+                !locks.wait.is_zero() && in_time
+            }
             "lock-held" => locks.wait.is_zero(),
             "deadlock" => locks.may_deadlock && !locks.wait.is_zero(),
             "order-violation" => locks.may_violate,

@@ -102,6 +102,24 @@ pub struct Tally {
     pub ordered: u64,
 }
 
+/// What went wrong: how often, and the first in words.
+#[derive(Debug, Default)]
+pub struct Violations {
+    pub count: u64,
+    pub first: Vec<String>,
+}
+
+impl Violations {
+    /// One more.
+    pub fn push(&mut self, what: String) {
+        self.count += 1;
+        // When everything is wrong, the rest says nothing new.
+        if self.first.len() < 100 {
+            self.first.push(what);
+        }
+    }
+}
+
 /// The book of all requests.
 #[derive(Debug, Default)]
 pub struct Ledger {
@@ -109,7 +127,7 @@ pub struct Ledger {
     hierarchies: Vec<String>,
     requests: HashMap<u64, Request>,
     locks: HashMap<String, Lock>,
-    violations: Vec<String>,
+    violations: Violations,
     tally: Tally,
     swept: Option<Instant>,
 }
@@ -223,7 +241,7 @@ impl Ledger {
     }
 
     /// What went wrong so far.
-    pub fn violations(&self) -> &[String] {
+    pub fn violations(&self) -> &Violations {
         &self.violations
     }
 
@@ -324,7 +342,7 @@ impl Request {
 
 impl Lock {
     /// Mutual exclusion and rising fences, between one section and all that are remembered.
-    fn compare(&self, name: &str, new: &Section, violations: &mut Vec<String>, tally: &mut Tally) {
+    fn compare(&self, name: &str, new: &Section, violations: &mut Violations, tally: &mut Tally) {
         for old in &self.done {
             if let (Some(a), Some(b)) = (old.fence, new.fence)
                 && a == b
@@ -365,7 +383,7 @@ impl Lock {
     }
 
     /// No more at once than there are permits, counted whenever one comes in.
-    fn count(&self, name: &str, new: &Section, permits: usize, violations: &mut Vec<String>) {
+    fn count(&self, name: &str, new: &Section, permits: usize, violations: &mut Violations) {
         let inside = |at: Instant| self.done.iter().chain([new]).filter(move |s| s.from <= at && at < s.held_to);
         for moment in self.done.iter().chain([new]).map(|s| s.from).filter(|at| new.from <= *at && *at < new.held_to) {
             let together = inside(moment).map(|s| format!("\n    {}", s.show())).collect::<Vec<_>>();
@@ -446,8 +464,8 @@ mod tests {
             self.ledger.ended(id, verdict, self.at(ms));
         }
 
-        fn found(&self) -> usize {
-            self.ledger.violations().len()
+        fn found(&self) -> u64 {
+            self.ledger.violations().count
         }
     }
 

@@ -59,10 +59,18 @@ pub struct Locks {
     pub wants: Vec<(String, Mode)>,
     pub wait: Duration,
     pub hold: Duration,
+    /// A grant comes sooner than so: the queue moves on all the time, and a wake-up that gets lost would show.
+    pub sooner_than: Duration,
     /// Whether waiting could close a cycle.
     pub may_deadlock: bool,
     /// Whether it could break the declared order.
     pub may_violate: bool,
+}
+
+impl Locks {
+    fn new(wants: Vec<(String, Mode)>, wait: Duration) -> Self {
+        Locks { wants, wait, hold: HOLD, sooner_than: Duration::MAX, may_deadlock: false, may_violate: false }
+    }
 }
 
 /// What the upstream does before it answers.
@@ -86,6 +94,9 @@ pub enum Ending {
     /// It breaks off after the head.
     BreakAfter,
 }
+
+/// TTLs in seconds: some shorter than what is done under them.
+const TTLS: [&str; 4] = ["0.3", "1", "1.5", "5"];
 
 /// Malformed `lock` headers of every kind that HTTP lets through.
 const MALFORMED: [&[u8]; 16] = [
@@ -131,19 +142,25 @@ impl Call {
 
     /// The locks that a rule of the policy takes for it.
     fn by_rule(mut self, wants: Vec<(String, Mode)>) -> Self {
-        self.expect = Expect::Locks(Locks { wants, wait: WAIT, hold: HOLD, may_deadlock: false, may_violate: false });
+        self.expect = Expect::Locks(Locks::new(wants, WAIT));
         self
     }
 
     /// Asks for locks by header, with this wait.
-    fn by_header(mut self, wants: Vec<(String, Mode)>, wait: Duration) -> Self {
+    fn by_header(self, rng: &mut Rng, wants: Vec<(String, Mode)>, wait: Duration) -> Self {
+        let ttl = TTLS[rng.usize(..TTLS.len())];
+        self.by_header_for(wants, wait, ttl)
+    }
+
+    /// Asks for locks by header, with this wait and this TTL in seconds.
+    fn by_header_for(mut self, wants: Vec<(String, Mode)>, wait: Duration, ttl: &str) -> Self {
         let member = |(name, mode): &(String, Mode)| {
             let mode = if *mode == Mode::Shared { ";mode=shared" } else { "" };
             // A Decimal has three digits behind its point, where a float may print more.
-            format!("{name}{mode};wait={}.{:03};ttl=1.5", wait.as_secs(), wait.subsec_millis())
+            format!("{name}{mode};wait={}.{:03};ttl={ttl}", wait.as_secs(), wait.subsec_millis())
         };
         self.lock = Some(wants.iter().map(member).collect::<Vec<_>>().join(", ").into_bytes());
-        self.expect = Expect::Locks(Locks { wants, wait, hold: HOLD, may_deadlock: false, may_violate: false });
+        self.expect = Expect::Locks(Locks::new(wants, wait));
         self
     }
 
@@ -211,7 +228,8 @@ pub fn transaction(rng: &mut Rng) -> Call {
         78..82 => breaking(rng),
         82..86 => slow(rng),
         86..88 => hasty(rng),
-        88..94 => Call::new(rng, "unannotated", "POST", "/plain").works(rng, 0..3),
+        88..92 => Call::new(rng, "unannotated", "POST", "/plain").works(rng, 0..3),
+        92..94 => unique(rng),
         94..98 => malformed(rng),
         98 => too_many(rng),
         _ => grpc(rng),
@@ -247,12 +265,22 @@ fn account_of(rng: &mut Rng, number: usize, read: bool) -> Call {
     Call::new(rng, "account", method, format!("/{lock}")).by_rule(vec![(lock, mode)])
 }
 
-/// Several locks in one request, written in any order; a rule's and a header's together now and then.
+/// Several locks in one request, written in any order; now and then by a rule and a header together.
 fn several(rng: &mut Rng) -> Call {
+    if rng.u32(..5) == 0 {
+        let (account, item) = (name("account", rng.usize(..10)), name("item", rng.usize(..8)));
+        let call = Call::new(rng, "several", "POST", format!("/{account}"));
+        let wants = vec![(item, mode(rng))];
+        let mut call = call.by_header(rng, wants, WAIT).works(rng, 0..10);
+        if let Expect::Locks(locks) = &mut call.expect {
+            locks.wants.push((account, Mode::Exclusive));
+        }
+        return call.may_deadlock();
+    }
     let count = rng.usize(2..=4);
     let wait = Duration::from_millis(rng.u64(50..900));
     let wants = different(rng, count, 8).into_iter().map(|n| (name("item", n), mode(rng))).collect::<Vec<_>>();
-    let call = Call::new(rng, "several", "POST", "/several").by_header(wants, wait);
+    let call = Call::new(rng, "several", "POST", "/several").by_header(rng, wants, wait);
     call.may_deadlock().works(rng, 0..15)
 }
 
@@ -267,7 +295,7 @@ fn stock(rng: &mut Rng) -> Call {
         }
         1 => {
             let wait = Duration::from_millis(rng.u64(100..2000));
-            let call = Call::new(rng, "stock", "POST", "/site").by_header(vec![(site, Mode::Exclusive)], wait);
+            let call = Call::new(rng, "stock", "POST", "/site").by_header(rng, vec![(site, Mode::Exclusive)], wait);
             call.works(rng, 0..10)
         }
         2 => {
@@ -278,7 +306,7 @@ fn stock(rng: &mut Rng) -> Call {
         }
         3 => {
             let wait = Duration::from_millis(300);
-            let call = Call::new(rng, "stock", "POST", "/bin").by_header(vec![(bin, Mode::Shared)], wait);
+            let call = Call::new(rng, "stock", "POST", "/bin").by_header(rng, vec![(bin, Mode::Shared)], wait);
             call.works(rng, 0..10)
         }
         _ => {
@@ -330,7 +358,7 @@ fn opposite(rng: &mut Rng) -> Call {
     for number in different(rng, count, 5) {
         let wants = vec![(name(class, number), mode(rng))];
         let wait = Duration::from_millis(rng.u64(200..1500));
-        let outer = Call::new(rng, "opposite", "POST", "/opposite").by_header(wants, wait).may_deadlock();
+        let outer = Call::new(rng, "opposite", "POST", "/opposite").by_header(rng, wants, wait).may_deadlock();
         let outer = outer.works(rng, 5..25);
         call = Some(match call {
             Some(inner) => outer.calls(inner),
@@ -344,16 +372,17 @@ fn opposite(rng: &mut Rng) -> Call {
 fn upgrade(rng: &mut Rng) -> Call {
     let lock = name("item", 8 + rng.usize(..2));
     let wait = Duration::from_millis(rng.u64(200..800));
-    let inner = Call::new(rng, "upgrade", "POST", "/upgrade").by_header(vec![(lock.clone(), Mode::Exclusive)], wait);
+    let inner =
+        Call::new(rng, "upgrade", "POST", "/upgrade").by_header(rng, vec![(lock.clone(), Mode::Exclusive)], wait);
     let inner = inner.may_deadlock().works(rng, 0..5);
-    let outer = Call::new(rng, "upgrade", "POST", "/upgrade").by_header(vec![(lock, Mode::Shared)], wait);
+    let outer = Call::new(rng, "upgrade", "POST", "/upgrade").by_header(rng, vec![(lock, Mode::Shared)], wait);
     outer.works(rng, 2..12).calls(inner).works(rng, 0..3)
 }
 
 /// `wait=0`.
 fn at_once(rng: &mut Rng) -> Call {
     let wants = vec![(name("item", rng.usize(..5)), mode(rng))];
-    Call::new(rng, "at once", "POST", "/at-once").by_header(wants, Duration::ZERO).works(rng, 0..10)
+    Call::new(rng, "at once", "POST", "/at-once").by_header(rng, wants, Duration::ZERO).works(rng, 0..10)
 }
 
 /// A caller that leaves, parked or upstream, perhaps with a call below it in the same state.
@@ -361,21 +390,23 @@ fn leaving(rng: &mut Rng) -> Call {
     let lock = |rng: &mut Rng| vec![(name("item", 10 + rng.usize(..3)), Mode::Exclusive)];
     let wait = Duration::from_millis(rng.u64(50..1500));
     let wants = lock(rng);
-    let mut call = Call::new(rng, "leaving", "POST", "/leaving").by_header(wants, wait).may_deadlock();
+    let mut call = Call::new(rng, "leaving", "POST", "/leaving").by_header(rng, wants, wait).may_deadlock();
     if rng.u32(..3) == 0 {
         let wants = lock(rng);
-        let inner = Call::new(rng, "leaving", "POST", "/leaving").by_header(wants, wait).may_deadlock();
+        let inner = Call::new(rng, "leaving", "POST", "/leaving").by_header(rng, wants, wait).may_deadlock();
         call = call.works(rng, 0..10).calls(inner.works(rng, 0..20));
     }
     call.leaves = Some(Duration::from_micros(rng.u64(500..80_000)));
     call.works(rng, 10..60)
 }
 
-/// An upstream that breaks off.
+/// An upstream that breaks off. Nobody stays at these locks for more than a few milliseconds, so that whoever waits gets its
+/// turn soon; a wake-up that got lost would only be made up for when the lease in the way could have expired.
 fn breaking(rng: &mut Rng) -> Call {
     let wants = vec![(name("item", 13 + rng.usize(..2)), mode(rng))];
     let ending = if rng.bool() { Ending::BreakBefore } else { Ending::BreakAfter };
-    Call::new(rng, "breaking", "POST", "/breaking").by_header(wants, WAIT).works(rng, 0..15).ends(ending)
+    let call = Call::new(rng, "breaking", "POST", "/breaking").by_header_for(wants, Duration::from_secs(2), "1.5");
+    call.locks(|locks| locks.sooner_than = Duration::from_secs(1)).works(rng, 0..15).ends(ending)
 }
 
 /// An upstream that works for longer than the TTL: renewed; or for longer than the hold limit: lost, before or after the
@@ -397,7 +428,14 @@ fn slow(rng: &mut Rng) -> Call {
 fn hasty(rng: &mut Rng) -> Call {
     let wants = vec![(name("item", 16 + rng.usize(..4)), Mode::Exclusive)];
     let work = if rng.bool() { 0..100 } else { 500..700 };
-    Call::new(rng, "hasty", "POST", "/hasty").by_header(wants, WAIT).works(rng, work)
+    Call::new(rng, "hasty", "POST", "/hasty").by_header(rng, wants, WAIT).works(rng, work)
+}
+
+/// A lock that nobody ever asked for before, of a class that the policy may not know: nothing may remain of it.
+fn unique(rng: &mut Rng) -> Call {
+    let class = if rng.bool() { "item".to_owned() } else { format!("c{}", rng.u64(..)) };
+    let wants = vec![(format!("{class}/{}/{}", rng.u64(..), "x".repeat(rng.usize(1..150))), mode(rng))];
+    Call::new(rng, "unique", "POST", "/unique").by_header(rng, wants, WAIT).works(rng, 0..3)
 }
 
 fn malformed(rng: &mut Rng) -> Call {
@@ -409,7 +447,7 @@ fn malformed(rng: &mut Rng) -> Call {
 
 fn too_many(rng: &mut Rng) -> Call {
     let wants = (0..=LOCKS_PER_REQUEST).map(|number| (name("item", number), Mode::Shared)).collect();
-    let mut call = Call::new(rng, "too many", "POST", "/too-many").by_header(wants, WAIT);
+    let mut call = Call::new(rng, "too many", "POST", "/too-many").by_header(rng, wants, WAIT);
     call.expect = Expect::Refused("too-many-locks");
     call
 }
@@ -417,7 +455,7 @@ fn too_many(rng: &mut Rng) -> Call {
 fn grpc(rng: &mut Rng) -> Call {
     let wants = vec![(name("item", rng.usize(..5)), Mode::Exclusive)];
     let wait = if rng.bool() { Duration::ZERO } else { Duration::from_millis(60) };
-    let mut call = Call::new(rng, "grpc", "POST", "/soak.Soak/Call").by_header(wants, wait).works(rng, 0..10);
+    let mut call = Call::new(rng, "grpc", "POST", "/soak.Soak/Call").by_header(rng, wants, wait).works(rng, 0..10);
     (call.wire, call.body) = (Wire::Grpc, 5);
     call
 }
@@ -436,6 +474,6 @@ mod tests {
         };
         assert_eq!(kinds(7), kinds(7));
         assert_ne!(kinds(7), kinds(8));
-        assert_eq!(kinds(7).into_iter().collect::<BTreeSet<_>>().len(), 17);
+        assert_eq!(kinds(7).into_iter().collect::<BTreeSet<_>>().len(), 18);
     }
 }

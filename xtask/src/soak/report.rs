@@ -89,6 +89,25 @@ impl Numbers {
         self.kinds.values().sum()
     }
 
+    /// What is wrong with the plugin's own counters, given what callers saw. Those who had left saw less than there was.
+    pub fn against(&self, counter: impl Fn(&str) -> u64) -> Vec<String> {
+        let unseen = self.left_parked + self.left_upstream + self.ghosts;
+        let lost = self.lost_before + self.lost_after + self.expired;
+        let bounds = [
+            ("interlock_deadlock_total", self.refused_as("deadlock"), unseen),
+            ("interlock_order_violation_total", self.refused_as("order-violation"), unseen),
+            ("interlock_lease_lost_total", lost, unseen),
+        ];
+        let wrong = |(name, seen, unseen): (&str, u64, u64)| {
+            let counted = counter(name);
+            let right = (seen..=seen + unseen).contains(&counted);
+            (!right).then(|| {
+                format!("{name} is {counted}, and callers saw {seen} (and {unseen} did not see what became of them)")
+            })
+        };
+        bounds.into_iter().filter_map(wrong).collect()
+    }
+
     fn refused_as(&self, slug: &str) -> u64 {
         self.refusals.get(slug).copied().unwrap_or(0)
     }

@@ -26,15 +26,17 @@ pub struct Sample {
     pub heap: u64,
 }
 
-/// Samples for `length`, and returns all it saw.
-pub async fn memory(envoy: &Envoy, length: Duration) -> Result<Vec<Sample>> {
+/// Samples for `length`, shows each to `seen`, and returns them all.
+pub async fn memory(envoy: &Envoy, length: Duration, seen: impl Fn(&Sample)) -> Result<Vec<Sample>> {
     let start = Instant::now();
     let every = (length / 60).clamp(Duration::from_millis(500), Duration::from_secs(10));
     let mut samples = Vec::new();
     while start.elapsed() < length {
         tokio::time::sleep(every.min(length.saturating_sub(start.elapsed()))).await;
         let heap = envoy.stat("server.memory_allocated").await.context("Envoy's admin endpoint is gone")?;
-        samples.push(Sample { at: start.elapsed(), resident: envoy.memory()?, heap });
+        let sample = Sample { at: start.elapsed(), resident: envoy.memory()?, heap };
+        seen(&sample);
+        samples.push(sample);
     }
     Ok(samples)
 }
