@@ -78,9 +78,13 @@ impl RootContext for Root {
     }
 
     fn on_tick(&mut self) {
-        // All instances of the VM: one whose last root has gone still has streams to end and gauges to bring down.
-        let all =
-            INSTANCES.with(|instances| instances.try_borrow().map(|all| all.values().cloned().collect::<Vec<_>>()));
+        // All instances of the VM: one that no configuration names any more may still have streams.
+        let all = INSTANCES.with(|instances| {
+            instances.try_borrow_mut().map(|mut all| {
+                all.retain(|_, runtime| Rc::strong_count(runtime) > 1 || !with(runtime, close).unwrap_or(false));
+                all.values().cloned().collect::<Vec<_>>()
+            })
+        });
         let due = all.into_iter().flatten().filter_map(|runtime| with(&runtime, |runtime| runtime.tick(&HOST)));
         if let Err(error) = HOST.set_tick(due.min().unwrap_or(BEAT)) {
             HOST.log(Level::Error, &format!("interlock: {error}"));

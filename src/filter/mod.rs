@@ -9,6 +9,8 @@ pub mod intake;
 mod report;
 mod respond;
 pub mod stream;
+#[cfg(test)]
+mod tests;
 mod upkeep;
 
 use std::collections::{BTreeSet, HashMap};
