@@ -1,11 +1,13 @@
 //! `cargo xtask soak`: mixed contended load through a real Envoy with two workers, and a judgement of everything that
 //! caller and upstream saw.
 //!
-//! [`load`] draws what is asked, [`drive`] asks and serves it, [`ledger`] judges mutual exclusion and fences, [`answer`]
-//! the refusals, [`watch`] looks at Envoy from outside, [`report`] counts. No rule of Interlock is taken from its own code.
+//! [`load`] draws what is asked, [`drive`] asks and serves it, [`judge`] takes the answers, [`ledger`] judges mutual exclusion and fences, [`answer`]
+//! the refusals, [`lag`] knows how late the machine is, [`watch`] looks at Envoy from outside, [`report`] counts. No rule of Interlock is taken from its own code.
 
 mod answer;
 mod drive;
+mod judge;
+mod lag;
 mod ledger;
 mod load;
 mod policy;
@@ -23,6 +25,7 @@ use tokio::task::JoinSet;
 
 use crate::wasm;
 use drive::Driver;
+use lag::SLACK;
 
 /// Violations that are printed.
 const SHOWN: usize = 10;
@@ -80,6 +83,7 @@ async fn soak(args: &SoakArgs) -> Result<()> {
     let driver = Driver::new(envoy.base_url());
     driver_sender.send_replace(Some(Arc::clone(&driver)));
 
+    let probes = tokio::spawn(Arc::clone(&driver).probe());
     let start = Instant::now();
     let mut clients = JoinSet::new();
     for client in 0..args.clients {
@@ -90,6 +94,7 @@ async fn soak(args: &SoakArgs) -> Result<()> {
         ended.context("a client panicked")?;
     }
     let took = start.elapsed();
+    probes.abort();
     settle(&driver).await;
     let mut wrong = watch::aftermath(&envoy).await?;
     let stats = envoy.stats().await?;
@@ -151,8 +156,15 @@ fn judge(driver: &Driver, samples: &[watch::Sample], took: Duration, wrong: Vec<
     let shared = driver.lock();
     let tally = shared.ledger.tally();
     shared.numbers.print(&tally, took);
+    let millis = |quantile: f64| shared.lag.quantile(quantile) as f64 / 1000.0;
+    let (half, most, all) = (millis(0.5), millis(0.99), millis(1.0));
+    println!("The machine: a request without locks takes {half:.1} ms (p50), {most:.1} ms (p99), {all:.1} ms (max)");
+    println!("  deadlines passed by more than {SLACK:?}, while the machine was as late: {}", shared.lag.excused);
     watch::print(samples);
-    let missing = shared.numbers.missing(&tally, took);
+    let mut missing = shared.numbers.missing(&tally, took);
+    if most > SLACK.as_secs_f64() * 1000.0 {
+        missing.push(format!("deadlines: one request without locks in a hundred took {most:.0} ms and more"));
+    }
     let violations = shared.ledger.violations();
     println!("violations: {}, of Envoy: {}, not shown: {}", violations.count, wrong.len(), missing.len());
     let failures = violations.first.iter().take(SHOWN).chain(&wrong).chain(&missing);
