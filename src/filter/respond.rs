@@ -23,10 +23,8 @@ impl Answer {
         let reason = reject.slug();
         let outcome = Outcome::Refused { reason, lock: reject.lock() };
         let status = headers::lock_status(&case.active.policy.instance, &outcome);
-        let mut headers = vec![("lock-status", status.into_bytes())];
-        if !waited.is_zero() {
-            headers.push(("server-timing", headers::server_timing(waited).into_bytes()));
-        }
+        let timing = headers::server_timing(waited);
+        let mut headers = vec![("lock-status", status.into_bytes()), ("server-timing", timing.into_bytes())];
         if let Some(seconds) = reject.retry_after_seconds() {
             headers.push(("retry-after", seconds.to_string().into_bytes()));
         }
