@@ -285,10 +285,21 @@ impl Envoy {
     ///
     /// # Errors
     /// When Envoy says neither in time.
-    pub async fn update_listeners(&mut self, mut patch: impl FnMut(&mut Value)) -> Result<Update> {
+    pub async fn update_listeners(&mut self, patch: impl FnMut(&mut Value)) -> Result<Update> {
+        self.replace_listeners(|listeners| listeners.iter_mut().for_each(patch)).await
+    }
+
+    /// Changes the list of listeners while Envoy runs (some may go, others come), and waits as
+    /// [`Envoy::update_listeners`] does. [`Envoy::listener`] goes on knowing those of the start only.
+    ///
+    /// # Errors
+    /// When Envoy says neither in time.
+    pub async fn replace_listeners(&mut self, patch: impl FnOnce(&mut Vec<Value>)) -> Result<Update> {
         let current = self.delivered.as_ref().context("listeners come from the bootstrap: use listener_from_file()")?;
         let mut next = current.clone();
-        next.as_array_mut().into_iter().flatten().for_each(&mut patch);
+        if let Some(listeners) = next.as_array_mut() {
+            patch(listeners);
+        }
         let before = self.stats().await?;
         self.version += 1;
         write_json(&self.dir.path().join(LDS_FILE), &discovery_response(&next, self.version))?;
