@@ -13,4 +13,5 @@ mod audit;
 mod ends;
 mod grants;
 mod hostile;
+mod leases;
 mod refusals;
