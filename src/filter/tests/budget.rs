@@ -1,1 +1,211 @@
-//! wip
+//! What the filter costs in calls of the host, pinned: a change that makes it dearer shows here.
+//!
+//! Heartbeats are left out of the counts of requests: a VM that has just ticked owes none for a while, and no time passes
+//! while a request is measured. What they cost is counted on its own, with the idle VM.
+
+use serde_json::{Value, json};
+
+use super::proxy::Proxy;
+use super::{plain, secs};
+use crate::host::fake::Calls;
+
+/// All calls of the host.
+fn total(calls: &Calls) -> u32 {
+    let Calls {
+        clock,
+        header_reads,
+        header_writes,
+        property_reads,
+        shared_reads,
+        shared_writes,
+        enqueues,
+        dequeues,
+        metric_definitions,
+        metric_updates,
+        ticks_set,
+        enters,
+        logs,
+    } = *calls;
+    let headers = header_reads + header_writes + property_reads;
+    let shared = shared_reads + shared_writes + enqueues + dequeues;
+    clock + headers + shared + metric_definitions + metric_updates + ticks_set + enters + logs
+}
+
+fn row(what: &str, calls: &Calls) {
+    println!(
+        "{what:<44} {:>6} {:>7} {:>6} {:>6} {:>6} {:>6} {:>6} {:>6}",
+        total(calls),
+        calls.header_reads,
+        calls.header_writes,
+        calls.property_reads,
+        calls.shared(),
+        calls.enqueues + calls.dequeues,
+        calls.metric_updates,
+        calls.clock,
+    );
+}
+
+fn head() {
+    println!(
+        "{:<44} {:>6} {:>7} {:>6} {:>6} {:>6} {:>6} {:>6} {:>6}",
+        "calls of the host", "all", "h.read", "h.set", "prop", "shared", "queue", "metric", "clock"
+    );
+}
+
+/// Two VMs that have joined, have defined their metrics, and owe no heartbeat.
+fn warm(policy: &Value) -> Proxy {
+    let proxy = Proxy::new(2, policy);
+    proxy.run(secs(1));
+    for vm in [0, 1] {
+        for path in ["/", "/locked/1"] {
+            let call = proxy.request(vm, &headers("warm", path, "a/1, b/1"));
+            proxy.complete(call);
+        }
+    }
+    proxy.run(secs(1));
+    proxy
+}
+
+fn headers<'a>(owner: &'a str, path: &'a str, lock: &'a str) -> Vec<(&'a str, &'a str)> {
+    let mut fields = vec![(":method", "POST"), (":path", path), ("x-request-id", owner)];
+    fields.extend((!lock.is_empty()).then_some(("lock", lock)));
+    fields
+}
+
+fn with_rule() -> Value {
+    let mut policy = plain();
+    policy["rules"] = json!([{
+        "name": "r", "match": { "methods": ["POST"], "path": "/locked/{id}" }, "locks": [{ "name": "a/{id}" }]
+    }]);
+    policy
+}
+
+/// One request from its headers to its end.
+fn cost(policy: &Value, path: &str, lock: &str) -> Calls {
+    let proxy = warm(policy);
+    let (_, calls) = proxy.calls(0, || {
+        let call = proxy.request(0, &headers("one", path, lock));
+        assert!(proxy.is_upstream(call));
+        proxy.complete(call)
+    });
+    calls
+}
+
+#[test]
+fn an_unannotated_request_costs_three_headers_at_the_most_and_no_shared_data() {
+    let ruled = cost(&with_rule(), "/other", "");
+    assert_eq!((ruled.header_reads, ruled.shared(), ruled.clock), (3, 0, 0), "lock, :path, :method: {ruled:?}");
+    let bare = cost(&plain(), "/other", "");
+    assert_eq!((bare.header_reads, bare.shared(), bare.clock), (1, 0, 0), "lock: {bare:?}");
+    let mut any_method = with_rule();
+    any_method["rules"][0]["match"].as_object_mut().unwrap().remove("methods");
+    let any_method = cost(&any_method, "/other", "");
+    assert_eq!((any_method.header_reads, any_method.shared()), (2, 0), "lock, :path: {any_method:?}");
+    let mut stripped = plain();
+    stripped["annotations"] = json!({ "header": "strip" });
+    let stripped = cost(&stripped, "/other", "a/1");
+    assert_eq!((stripped.header_reads, stripped.shared()), (0, 0), "{stripped:?}");
+    let most = [("rules", &ruled), ("no rules", &bare), ("no rules, header: strip", &stripped)];
+    head();
+    for (what, calls) in most {
+        row(&format!("unannotated, {what}"), calls);
+        assert!(total(calls) <= 8, "{what}: {calls:?}");
+        assert_eq!((calls.metric_updates, calls.logs), (0, 0), "{what}: {calls:?}");
+    }
+}
+
+#[test]
+fn an_uncontended_lock_costs_eight_shared_data_calls_or_four() {
+    let mut unlimited = plain();
+    unlimited["limits"] = json!({ "locks_per_owner": null });
+    let mut ranked = unlimited.clone();
+    ranked["classes"] = json!([{ "name": "a", "rank": 1 }, { "name": "b" }]);
+    let limited = cost(&plain(), "/", "a/1");
+    let single = cost(&unlimited, "/", "a/1");
+    let by_order = cost(&ranked, "/", "a/1");
+    let by_rule = cost(&with_rule(), "/locked/7", "");
+    let locks: Vec<_> = (0..8).map(|n| format!("a/{n}")).collect();
+    let eight = cost(&unlimited, "/", &locks.join(", "));
+    let eight_limited = cost(&plain(), "/", &locks.join(", "));
+    head();
+    let rows = [
+        ("one lock by header", &limited, 8, 36),
+        ("one lock by header, locks_per_owner: null", &single, 4, 32),
+        ("one lock by header, ranked class", &by_order, 8, 36),
+        ("one lock by rule", &by_rule, 8, 37),
+        ("8 locks", &eight_limited, 36, 99),
+        ("8 locks, locks_per_owner: null", &eight, 32, 95),
+    ];
+    for (what, calls, ..) in rows {
+        row(what, calls);
+    }
+    for (what, calls, shared, most) in rows {
+        assert_eq!(calls.shared(), shared, "{what}: {calls:?}");
+        assert!(total(calls) <= most, "{what}: {} calls: {calls:?}", total(calls));
+        assert_eq!((calls.metric_definitions, calls.logs, calls.ticks_set), (0, 0, 0), "{what}: {calls:?}");
+    }
+}
+
+#[test]
+fn a_contended_wait_and_its_hand_over_are_bounded() {
+    let proxy = warm(&plain());
+    let holder = proxy.request(0, &headers("one", "/", "a/1"));
+    let (waiter, wait) = proxy.calls(1, || proxy.request(1, &headers("two", "/", "a/1")));
+    assert!(proxy.is_parked(waiter));
+    let (_, hand_over) = proxy.calls(0, || proxy.complete(holder));
+    let (_, resumed) = proxy.calls(1, || proxy.deliver());
+    assert!(proxy.is_upstream(waiter));
+    let (_, release) = proxy.calls(1, || proxy.complete(waiter));
+    head();
+    let rows = [
+        ("contended: until parked", &wait, 11, 32),
+        ("contended: release that hands over", &hand_over, 4, 11),
+        ("contended: wake-up and resume", &resumed, 1, 14),
+        ("contended: the waiter's release", &release, 4, 10),
+    ];
+    for (what, calls, ..) in rows {
+        row(what, calls);
+    }
+    for (what, calls, shared, most) in rows {
+        assert_eq!(calls.shared(), shared, "{what}: {calls:?}");
+        assert!(total(calls) <= most, "{what}: {} calls: {calls:?}", total(calls));
+    }
+    proxy.assert_rest(super::TABLE);
+}
+
+/// A second of a VM that does nothing, one of the VM that keeps house, and one of each while a request waits.
+#[test]
+fn an_idle_vm_costs_little() {
+    let proxy = Proxy::new(2, &plain());
+    proxy.run(secs(3));
+    let second = |vm: usize| proxy.calls(vm, || proxy.run(secs(1))).1;
+    let (keeper, idle) = (second(0), second(1));
+    head();
+    row("an idle VM that keeps house, a second", &keeper);
+    row("an idle VM, a second", &idle);
+    // A tick sets the next one.
+    assert_eq!((keeper.ticks_set, idle.ticks_set), (4, 4));
+    // A heartbeat is a read and a write; each asks who keeps house.
+    assert_eq!(idle.shared(), 4 * 3, "{idle:?}");
+    // All buckets of locks and of owners are read once a second.
+    assert_eq!(keeper.shared(), 4 * 3 + 2 * 1024, "{keeper:?}");
+
+    // Waiters make a VM look more often, and sweep no more.
+    let holder = proxy.lock(1, "one", "a/1;hold=100");
+    let waiter = proxy.lock(0, "two", "a/1;wait=30");
+    let waiting = second(0);
+    row("a VM that keeps house, with a waiter", &waiting);
+    assert!(waiting.ticks_set <= 8, "{waiting:?}");
+    assert!(waiting.shared() <= 4 * 3 + 2 * 1024 + 16, "{waiting:?}");
+    // So does a short TTL: a third of it is the period of the heartbeat.
+    proxy.end(waiter);
+    let short = proxy.lock(0, "three", "a/2;ttl=0.1");
+    proxy.run(secs(1));
+    let hasty = second(0);
+    row("a VM that keeps house, with a TTL of 100 ms", &hasty);
+    assert!(hasty.ticks_set <= 31, "{hasty:?}");
+    assert!(hasty.shared() <= 31 * 2 + 4 + 2 * 1024, "{hasty:?}");
+    proxy.end(short);
+    proxy.end(holder);
+    proxy.assert_rest(super::TABLE);
+}

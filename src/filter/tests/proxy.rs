@@ -61,7 +61,6 @@ impl Ended {
 
 struct Open {
     root: u32,
-    active: Rc<Active>,
     runtime: Shared,
     forwarded: bool,
 }
@@ -124,6 +123,11 @@ impl Vm {
         id
     }
 
+    /// The roots that have not gone, oldest first.
+    pub(super) fn roots(&self) -> Vec<u32> {
+        self.roots.borrow().iter().map(|root| root.id).collect()
+    }
+
     /// A root has gone: its timer and its messages with it.
     pub(super) fn drop_root(&self, root: u32) {
         self.roots.borrow_mut().retain(|other| other.id != root);
@@ -175,7 +179,7 @@ impl Vm {
         for (path, value) in properties {
             self.host.set_property(id, path, value.as_bytes());
         }
-        let open = Open { root, active: Rc::clone(&active), runtime: Rc::clone(&runtime), forwarded: false };
+        let open = Open { root, runtime: Rc::clone(&runtime), forwarded: false };
         self.open.borrow_mut().insert(id, open);
         let flow = runtime.borrow_mut().request_headers(&self.host, id, &active);
         if flow == Flow::Continue {
