@@ -43,6 +43,8 @@ enum Stage {
     Envoy,
     /// Mixed contended load for a short while
     Soak,
+    /// The demo, which fails when an act does not end as it must
+    Demo,
 }
 
 pub fn run(args: &TestArgs) -> Result<()> {
@@ -79,7 +81,8 @@ impl Stage {
             Stage::Core => core(),
             Stage::Wasm => wasm::run(&WasmArgs::default()),
             Stage::Envoy => envoy(),
-            Stage::Soak => soak(args.soak_seconds),
+            Stage::Soak => itself(&["soak", "--no-build", "--seconds", &args.soak_seconds.to_string()]),
+            Stage::Demo => itself(&["demo", "--no-build"]),
         }
     }
 }
@@ -120,10 +123,9 @@ fn envoy() -> Result<()> {
     tools::run(cargo.args(names.flat_map(|name| ["--test".to_owned(), name])).env("ENVOY", tools::envoy()?))
 }
 
-fn soak(seconds: u32) -> Result<()> {
-    // A process of its own, like a person's.
-    let mut soak = Command::new(std::env::current_exe()?);
-    tools::run(soak.args(["soak", "--seconds", &seconds.to_string()]).env("ENVOY", tools::envoy()?))
+/// Another command of this program, in a process of its own as a person's would be.
+fn itself(args: &[&str]) -> Result<()> {
+    tools::run(Command::new(std::env::current_exe()?).args(args).env("ENVOY", tools::envoy()?))
 }
 
 fn needs_plugin(test: &str) -> bool {

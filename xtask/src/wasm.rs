@@ -37,21 +37,30 @@ struct Build {
     below: &'static str,
 }
 
-const BUILDS: [Build; 2] = [
-    Build { file: "interlock.wasm", features: &[], below: "" },
-    Build { file: "interlock-faults.wasm", features: &["--features", "fault-injection"], below: "faults" },
-];
+/// The plugin as it ships.
+const SHIPPED: Build = Build { file: "interlock.wasm", features: &[], below: "" };
+
+/// The plugin that tests can kill.
+const FAULTS: Build =
+    Build { file: "interlock-faults.wasm", features: &["--features", "fault-injection"], below: "faults" };
 
 pub fn run(args: &WasmArgs) -> Result<()> {
     tools::rust_targets(&[TARGET])?;
     if args.check {
-        return BUILDS.iter().try_for_each(|build| tools::run(&mut build.cargo("check")));
+        return [SHIPPED, FAULTS].iter().try_for_each(|build| tools::run(&mut build.cargo("check")));
     }
+    shipped()?;
+    FAULTS.make(tools::wasm_opt().as_deref())
+}
+
+/// Builds the plugin as it ships, and not the one for tests.
+pub fn shipped() -> Result<()> {
+    tools::rust_targets(&[TARGET])?;
     let optimizer = tools::wasm_opt();
     if optimizer.is_none() {
         eprintln!("without wasm-opt the plugin is larger than it need be: apt-get install binaryen");
     }
-    BUILDS.iter().try_for_each(|build| build.make(optimizer.as_deref()))
+    SHIPPED.make(optimizer.as_deref())
 }
 
 impl Build {

@@ -64,7 +64,7 @@ pub struct DemoArgs {
 /// When something could not be built or started, or an act did not go as it must.
 pub fn run(args: DemoArgs) -> Result<()> {
     if !args.no_build && std::env::var_os("INTERLOCK_WASM").is_none() {
-        wasm::run(&wasm::WasmArgs::default())?;
+        wasm::shipped()?;
     }
     // Before the curtain: the first time this may download an Envoy.
     println!("Envoy: {}", tools::envoy()?.display());
