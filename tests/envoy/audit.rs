@@ -1,1 +1,204 @@
 //! `enforcement: audit` and `off`: what is decided without anyone noticing, and what is not even looked at.
+
+use interlock_testkit::client::Ask;
+use interlock_testkit::{Answer, wait_for_async};
+use serde_json::json;
+
+use crate::common::{DEADLINE, Lane, Plan, Stage, reloads, run};
+
+static STAGE: Stage = Stage::new(|| {
+    let classes = json!([
+        { "name": "account", "rank": 10 },
+        { "name": "order", "rank": 20 },
+        { "name": "vault", "principals": ["spiffe://mesh/*"] },
+    ]);
+    let rule = |name, enforcement| {
+        json!([{
+            "name": name,
+            "match": { "path": format!("/{name}/{{id}}") },
+            "locks": [{ "name": "order/{id}" }],
+            "enforcement": enforcement,
+        }])
+    };
+    let audited = json!({ "enforcement": "audit", "classes": classes, "defaults": { "wait": "20s" } });
+    let timed = json!({ "enforcement": "audit", "classes": [{ "name": "timed" }] });
+    let strict = json!({ "enforcement": "audit", "rules": rule("strict", "enforce") });
+    let lenient = json!({ "rules": rule("lenient", "audit") });
+    let unwatched = json!({ "rules": rule("unwatched", "off") });
+    vec![
+        ("audit", Plan::new(audited)),
+        ("timed", Plan::new(timed)),
+        ("strict", Plan::new(strict)),
+        ("lenient", Plan::new(lenient)),
+        ("unwatched", Plan::new(unwatched)),
+        ("off", Plan::new(json!({ "enforcement": "off" })).bare()),
+    ]
+});
+
+/// What the caller of an audited request is told: the member of `lock-status`, and nothing else.
+fn status_of(answer: &Answer) -> String {
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    assert_eq!(answer.text(), "done\n");
+    for header in ["lock-fence", "server-timing", "retry-after"] {
+        assert_eq!(answer.header(header), None, "{header}");
+    }
+    answer.joined("lock-status")
+}
+
+async fn audited(lane: &Lane, class: &str, outcome: &str, reason: &str) -> f64 {
+    let mut labels = vec![("class", class), ("outcome", outcome)];
+    if !reason.is_empty() {
+        labels.push(("reason", reason));
+    }
+    lane.envoy().metric("interlock_audit_total", &labels).await.unwrap()
+}
+
+#[test]
+fn what_would_be_refused_passes_and_is_counted() {
+    run(async {
+        let lane = STAGE.lane("audit").await;
+        let first = lane.hold(1, "/first", "order/1").await;
+        let lock = |ask: Ask, lock: &str| ask.header("lock", lock);
+        // Each is upstream while the first one is, whatever it asks for and whoever it is.
+        let mut all = Vec::new();
+        for (path, owner, locks) in [
+            ("/waits", 2, "order/1;wait=20"),
+            ("/held", 3, "order/1;wait=0"),
+            ("/order", 1, "account/1"),
+            ("/malformed", 4, "order//1"),
+            ("/forbidden", 5, "vault/1"),
+            ("/many", 6, "a/1, a/2, a/3, a/4, a/5, a/6, a/7, a/8, a/9, a/10, a/11, a/12, a/13, a/14, a/15, a/16, a/17"),
+        ] {
+            all.push(lane.keep(path, lock(lane.ask(owner, &format!("{path}?hold")), locks)).await);
+        }
+        assert_eq!(lane.upstream().live(), 7);
+        for request in lane.upstream().requests() {
+            // What the filter is there to set is the filter's to remove, too.
+            assert_eq!(request.header("lock"), None, "{}", request.path);
+            assert_eq!(request.header("lock-fence"), None, "{}", request.path);
+        }
+        let mut statuses = Vec::new();
+        for holder in all {
+            statuses.push(status_of(&holder.release().await));
+        }
+        assert!(statuses[0].starts_with("audit;outcome=audit;wait="), "{}", statuses[0]);
+        let expected = [
+            "audit;outcome=audit;reason=lock-held;lock=\"order/1\"",
+            "audit;outcome=audit;reason=order-violation;lock=\"account/1\"",
+            "audit;outcome=audit;reason=malformed-annotation",
+            "audit;outcome=audit;reason=forbidden;lock=\"vault/1\"",
+            "audit;outcome=audit;reason=too-many-locks;lock=\"a/1\"",
+        ];
+        assert_eq!(statuses[1..], expected);
+        assert_eq!(status_of(&first.release().await), "audit;outcome=audit;wait=0.0");
+        for (class, outcome, reason) in [
+            ("order", "acquired", ""),
+            ("order", "refused", "lock-held"),
+            ("account", "refused", "order-violation"),
+            ("vault", "refused", "forbidden"),
+        ] {
+            assert_eq!(audited(&lane, class, outcome, reason).await, 1.0, "{class} {outcome} {reason}");
+        }
+        let acquired = [("class", "order")];
+        assert_eq!(lane.envoy().metric("interlock_acquire_total", &acquired).await.unwrap(), 0.0);
+        lane.quiet().await;
+    });
+}
+
+#[test]
+fn a_wait_is_watched_to_its_end() {
+    run(async {
+        let lane = STAGE.lane("timed").await;
+        let first = lane.hold(1, "/first", "timed/1").await;
+        // One would wait in vain; the other would get the lock once the first gives it back.
+        let late = lane.hold(2, "/late", "timed/1;wait=0.2").await;
+        let counted = |reason: &'static str, outcome: &'static str| audited(&lane, "timed", outcome, reason);
+        let what = "the wait to run out";
+        wait_for_async(what, DEADLINE, async || counted("wait-timeout", "refused").await == 1.0).await;
+        assert_eq!(status_of(&late.release().await), "timed;outcome=audit;reason=wait-timeout;lock=\"timed/1\"");
+        let next = lane.hold(3, "/next", "timed/1;wait=20").await;
+        assert_eq!(status_of(&first.release().await), "timed;outcome=audit;wait=0.0");
+        wait_for_async("the hand-over", DEADLINE, async || counted("", "acquired").await == 2.0).await;
+        let status = status_of(&next.release().await);
+        assert!(status.starts_with("timed;outcome=audit;wait=0."), "{status}");
+        // A cycle of two, which no one sees as a wait.
+        let one = lane.hold(1, "/one", "timed/1").await;
+        let two = lane.hold(2, "/two", "timed/2").await;
+        let waits = lane.hold(1, "/waits", "timed/2;wait=20").await;
+        let closes = lane.hold(2, "/closes", "timed/1;wait=20").await;
+        assert_eq!(status_of(&closes.release().await), "timed;outcome=audit;reason=deadlock;lock=\"timed/1\"");
+        for holder in [waits, two, one] {
+            assert_eq!(holder.release().await.status, 200);
+        }
+        lane.quiet().await;
+    });
+}
+
+#[test]
+fn a_rule_may_enforce_where_the_policy_audits() {
+    run(async {
+        let lane = STAGE.lane("strict").await;
+        let holder = lane.keep("/strict/1", lane.ask(1, "/strict/1?hold")).await;
+        assert!(holder.seen.header("lock-fence").is_some());
+        let refused = lane.ask(2, "/strict/1?wait").header("lock", "order/1;wait=0").send().await.unwrap();
+        assert_eq!(refused.status, 423);
+        // The shadow table is another one: what is enforced is not in it, and the other way round.
+        let audited = lane.ask(3, "/other").header("lock", "order/1;wait=0").send().await.unwrap();
+        assert_eq!(status_of(&audited), "strict;outcome=audit;wait=0.0");
+        let answer = holder.release().await;
+        assert_eq!(answer.joined("lock-status"), "strict;outcome=acquired;wait=0.0");
+        lane.quiet().await;
+    });
+}
+
+#[test]
+fn a_rule_may_audit_where_the_policy_enforces() {
+    run(async {
+        let lane = STAGE.lane("lenient").await;
+        let first = lane.keep("/lenient/1", lane.ask(1, "/lenient/1?hold")).await;
+        let second = lane.ask(2, "/lenient/1").header("lock", "order/1;wait=0").send().await.unwrap();
+        assert_eq!(status_of(&second), "lenient;outcome=audit;reason=lock-held;lock=\"order/1\"");
+        let enforced = lane.ask(3, "/enforced").header("lock", "order/1;wait=0").send().await.unwrap();
+        assert_eq!(enforced.joined("lock-status"), "lenient;outcome=acquired;wait=0.0");
+        assert_eq!(status_of(&first.release().await), "lenient;outcome=audit;wait=0.0");
+        lane.quiet().await;
+    });
+}
+
+#[test]
+fn a_rule_may_be_off() {
+    run(async {
+        let lane = STAGE.lane("unwatched").await;
+        let holder = lane.hold(1, "/holder", "order/1").await;
+        let passed = lane.ask(2, "/unwatched/1").send().await.unwrap();
+        assert_eq!(passed.status, 200);
+        assert_eq!(passed.header("lock-status"), None);
+        assert_eq!(holder.release().await.status, 200);
+        lane.quiet().await;
+    });
+}
+
+#[test]
+fn off_touches_nothing() {
+    run(async {
+        let lane = STAGE.lane("off").await;
+        let headers =
+            [("lock", "order//1"), ("lock-status", "other;outcome=x"), ("lock-fence", "a;fence=1;mode=shared")];
+        let with = |ask: Ask| headers.iter().fold(ask, |ask, (name, value)| ask.header(name, value));
+        let first = lane.keep("/first", with(lane.ask(1, "/first?hold"))).await;
+        let second = lane.keep("/second", with(lane.ask(2, "/second?hold"))).await;
+        for (name, value) in headers {
+            assert_eq!(first.seen.header(name).as_deref(), Some(value));
+        }
+        for holder in [first, second] {
+            let answer = holder.release().await;
+            assert_eq!(answer.status, 200);
+            assert_eq!(answer.header("lock-status"), None);
+            assert_eq!(answer.header("lock-fence"), None);
+        }
+        let samples = lane.envoy().metrics().await.unwrap();
+        let of_this = samples.iter().filter(|sample| sample.labels.get("instance").is_some_and(|of| of == "off"));
+        assert_eq!(of_this.filter(|sample| sample.value != 0.0).count(), 0);
+        assert!(reloads(lane.envoy()).await.is_empty());
+    });
+}

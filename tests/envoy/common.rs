@@ -9,7 +9,8 @@ use std::net::SocketAddr;
 use std::sync::{Arc, LazyLock, Weak};
 use std::time::Duration;
 
-use interlock_testkit::{Answer, Client, Envoy, EnvoyConfig, RawClient, Upstream, wait_for_async};
+use interlock_testkit::client::{Ask, Pending};
+use interlock_testkit::{Answer, Client, Envoy, EnvoyConfig, RawClient, Recorded, Upstream, wait_for_async};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 use tokio::sync::Mutex;
@@ -72,17 +73,23 @@ pub async fn reloads(envoy: &Envoy) -> BTreeMap<String, u64> {
 pub struct Plan {
     policy: Value,
     patch: fn(EnvoyConfig) -> EnvoyConfig,
+    sentinel: bool,
 }
 
 impl Plan {
     /// With this policy, less its `instance`, which is the test's.
     pub fn new(policy: Value) -> Self {
-        Plan { policy, patch: |config| config }
+        Plan { policy, patch: |config| config, sentinel: true }
     }
 
     /// Changes the listener, before its routes and its policy are made the test's own.
     pub fn patch(self, patch: fn(EnvoyConfig) -> EnvoyConfig) -> Self {
         Plan { patch, ..self }
+    }
+
+    /// Leaves the policy without a rule of the stage's. Such a lane has no [`Lane::quiet`].
+    pub fn bare(self) -> Self {
+        Plan { sentinel: false, ..self }
     }
 
     async fn build(mut self, name: &str) -> (EnvoyConfig, Upstream) {
@@ -95,10 +102,13 @@ impl Plan {
             "enforcement": "enforce",
         });
         match self.policy["rules"].as_array_mut() {
+            _ if !self.sentinel => {}
             Some(rules) => rules.push(sentinel),
             None => self.policy["rules"] = json!([sentinel]),
         }
         let config = EnvoyConfig::local().policy(self.policy).upstream(upstream.address());
+        // Requests are held at the upstream for as long as a test needs it.
+        let config = config.patch_routes(|routes| routes[0]["route"]["timeout"] = json!("0s"));
         ((self.patch)(config), upstream)
     }
 }
@@ -194,6 +204,29 @@ impl Lane {
         RawClient::connect(self.address()).await.expect("a connection")
     }
 
+    /// A GET by this owner, over a connection of its own.
+    pub fn ask(&self, owner: u128, path: &str) -> Ask {
+        Client::http1_fresh().get(self.url(path)).trace(owner)
+    }
+
+    /// A unary gRPC call by this owner, over a connection of its own.
+    pub fn grpc(&self, owner: u128, path: &str) -> Ask {
+        Client::http2().grpc(self.url(path)).trace(owner)
+    }
+
+    /// Takes `locks` for this owner, and keeps them until it is told otherwise. `path` must be the holder's alone.
+    pub async fn hold(&self, owner: u128, path: &str, locks: &str) -> Holder<'_> {
+        let ask = self.ask(owner, &format!("{path}?hold")).header("lock", locks);
+        self.keep(path, ask).await
+    }
+
+    /// Sends a request that holds at the upstream's `path`, and waits until it is there.
+    pub async fn keep(&self, path: &str, ask: Ask) -> Holder<'_> {
+        let pending = ask.spawn();
+        let seen = self.upstream().wait_for_requests(path, 1).await.remove(0);
+        Holder { lane: self, path: path.to_owned(), pending, seen }
+    }
+
     /// Waits until so many locks of this instance are held, in the eyes of a sweep.
     pub async fn wait_held(&self, count: u32) {
         self.wait_gauge("interlock_held", count).await;
@@ -209,15 +242,21 @@ impl Lane {
         self.envoy().wait_metric(gauge, &labels, |now| now == f64::from(count), DEADLINE).await;
     }
 
-    /// Ends a test: nothing holds, nothing waits, the table is empty, no VM has died, and the upstream saw no two requests
-    /// that exclude each other.
+    /// Ends a test: nothing is left behind, and the upstream saw no two requests that exclude each other.
+    pub async fn quiet(&self) {
+        self.empty().await;
+        self.upstream().checker().assert_clean();
+    }
+
+    /// Shows that nothing is left behind: nothing holds, nothing waits, the table is empty, and no VM has died.
     ///
     /// A lock is taken after the end of the test, and seen by a sweep. A later sweep that no longer sees it has begun
     /// after the end of the test too; so has what it says of all other locks.
-    pub async fn quiet(&self) {
+    pub async fn empty(&self) {
         self.upstream().wait_idle().await;
         self.upstream().close(SENTINEL);
-        let sentinel = Client::http1_fresh().get(self.url(&format!("{SENTINEL}?hold"))).spawn();
+        // Whatever the policy takes for an owner.
+        let sentinel = self.ask(u128::MAX, &format!("{SENTINEL}?hold")).header("lock-owner", "sentinel").spawn();
         let labels = [("instance", self.name), ("class", "other")];
         self.envoy().wait_metric("interlock_held", &labels, |held| held >= 1.0, DEADLINE).await;
         self.upstream().open(SENTINEL);
@@ -225,6 +264,39 @@ impl Lane {
         assert_eq!(answer.status, 200, "{}", answer.text());
         at_rest(self.envoy(), &labels[..1]).await;
         assert_eq!(reloads(self.envoy()).await, BTreeMap::new(), "VMs died");
-        self.upstream().checker().assert_clean();
     }
+}
+
+/// A request that is at the upstream, with its locks.
+pub struct Holder<'a> {
+    lane: &'a Lane,
+    path: String,
+    pending: Pending,
+    /// What the upstream sees of it.
+    pub seen: Recorded,
+}
+
+impl Holder<'_> {
+    /// Lets the upstream answer.
+    pub async fn release(self) -> Answer {
+        self.lane.upstream().open(&self.path);
+        self.pending.answer().await.expect("an answer")
+    }
+
+    /// Waits for an answer that does not depend on the upstream.
+    pub async fn answer(self) -> Answer {
+        self.pending.answer().await.expect("an answer")
+    }
+}
+
+/// How an owner that is a trace is spelled.
+pub fn owner(number: u128) -> String {
+    format!("{number:032x}")
+}
+
+/// A `server-timing: lock;dur=…` in milliseconds.
+pub fn waited_ms(answer: &Answer) -> f64 {
+    let timing = answer.header("server-timing").expect("server-timing");
+    let dur = timing.strip_prefix("lock;dur=").unwrap_or_else(|| panic!("{timing}"));
+    dur.parse().unwrap_or_else(|e| panic!("{timing}: {e}"))
 }
