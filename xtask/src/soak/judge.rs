@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::answer::{self, Status};
 use super::drive::{LATE, Shared};
 use super::ledger::Verdict;
-use super::load::{Call, Ending, Expect, Wire};
+use super::load::{Call, Ending, Expect, Locks, Wire};
 use super::policy::{HASTY, INSTANCE, PATIENT};
 
 /// How much sooner than its time something may seem to end: clocks are read at different places.
@@ -127,7 +127,7 @@ impl Judge<'_> {
             }
         };
         if slug == "lease-lost" {
-            return self.lost(locks.hold, false);
+            return self.lost(locks, false);
         }
         let (took, wait) = (self.took, locks.wait);
         if !self.allows(took.saturating_sub(wait), LATE) {
@@ -184,7 +184,7 @@ impl Judge<'_> {
                 self.shared.numbers.broken_after += 1;
                 Verdict::Upstream
             }
-            (Expect::Locks(locks), _) if self.took + EARLY >= locks.hold => self.lost(locks.hold, true),
+            (Expect::Locks(locks), _) if self.took + EARLY >= locks.hold => self.lost(locks, true),
             _ if self.took + EARLY >= self.limit() => {
                 self.shared.numbers.route_timeouts += 1;
                 Verdict::Cut(self.sent + self.limit().saturating_sub(EARLY))
@@ -197,14 +197,18 @@ impl Judge<'_> {
     }
 
     /// Its lease was lost while it was upstream: before the response had begun, or after.
-    fn lost(&mut self, hold: Duration, begun: bool) -> Verdict {
+    fn lost(&mut self, locks: &Locks, begun: bool) -> Verdict {
         let numbers = &mut self.shared.numbers;
-        if self.took + EARLY >= hold {
+        if self.took + EARLY >= locks.hold {
             *(if begun { &mut numbers.lost_after } else { &mut numbers.lost_before }) += 1;
-            Verdict::Cut(self.sent + hold.saturating_sub(EARLY))
+            Verdict::Cut(self.sent + locks.hold.saturating_sub(EARLY))
         } else {
-            // Not by the hold limit: nobody renewed it.
+            // Not by the hold limit: nobody renewed it, which a worker does several times within a TTL.
             numbers.expired += 1;
+            let late = self.shared.lag.slowest(self.sent, self.sent + self.took);
+            if late < locks.ttl / 3 {
+                self.wrong.push(format!("lost before its time, and no request without locks took over {late:?}"));
+            }
             Verdict::Cut(self.sent)
         }
     }

@@ -53,12 +53,16 @@ impl Lag {
         if late <= SLACK {
             return true;
         }
-        let done = self.done.iter().rev().filter(|(back, _)| *back >= since).map(|(_, took)| *took);
-        let open = self.open.values().map(|sent| now.saturating_duration_since(*sent));
-        let slowest = done.chain(open).max().unwrap_or_default();
-        let allowed = late <= SLACK + slowest * times;
+        let allowed = late <= SLACK + self.slowest(since, now) * times;
         self.excused += u64::from(allowed);
         allowed
+    }
+
+    /// How long the slowest probe took that was on its way since `since`.
+    pub fn slowest(&self, since: Instant, now: Instant) -> Duration {
+        let done = self.done.iter().rev().filter(|(back, _)| *back >= since).map(|(_, took)| *took);
+        let open = self.open.values().map(|sent| now.saturating_duration_since(*sent));
+        done.chain(open).max().unwrap_or_default()
     }
 
     /// How long the probes took, in microseconds: the share `quantile` of them no longer than this.

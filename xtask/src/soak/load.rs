@@ -8,7 +8,7 @@ use std::time::Duration;
 use fastrand::Rng;
 
 use super::ledger::Mode;
-use super::policy::{HOLD, JOB_HOLD, JOB_WAIT, LOCKS_PER_REQUEST, WAIT};
+use super::policy::{HOLD, JOB_HOLD, JOB_TTL, JOB_WAIT, LOCKS_PER_REQUEST, TTL, WAIT};
 
 /// One request, and what its handler does while it holds its locks.
 #[derive(Debug, Clone)]
@@ -58,6 +58,8 @@ pub enum Expect {
 pub struct Locks {
     pub wants: Vec<(String, Mode)>,
     pub wait: Duration,
+    /// The shortest of its TTLs.
+    pub ttl: Duration,
     pub hold: Duration,
     /// A grant comes sooner than so: the queue moves on all the time, and a wake-up that gets lost would show.
     pub sooner_than: Duration,
@@ -69,7 +71,7 @@ pub struct Locks {
 
 impl Locks {
     fn new(wants: Vec<(String, Mode)>, wait: Duration) -> Self {
-        Locks { wants, wait, hold: HOLD, sooner_than: Duration::MAX, may_deadlock: false, may_violate: false }
+        Locks { wants, wait, ttl: TTL, hold: HOLD, sooner_than: Duration::MAX, may_deadlock: false, may_violate: false }
     }
 }
 
@@ -161,7 +163,8 @@ impl Call {
         };
         self.lock = Some(wants.iter().map(member).collect::<Vec<_>>().join(", ").into_bytes());
         self.expect = Expect::Locks(Locks::new(wants, wait));
-        self
+        let ttl = Duration::from_secs_f64(ttl.parse().unwrap_or(0.0));
+        self.locks(|locks| locks.ttl = TTL.min(ttl))
     }
 
     fn locks(mut self, change: impl FnOnce(&mut Locks)) -> Self {
@@ -414,7 +417,7 @@ fn breaking(rng: &mut Rng) -> Call {
 fn slow(rng: &mut Rng) -> Call {
     let lock = name("job", rng.usize(..12));
     let call = Call::new(rng, "slow", "POST", format!("/{lock}")).by_rule(vec![(lock, Mode::Exclusive)]);
-    let call = call.locks(|locks| (locks.wait, locks.hold) = (JOB_WAIT, JOB_HOLD));
+    let call = call.locks(|locks| (locks.wait, locks.ttl, locks.hold) = (JOB_WAIT, JOB_TTL, JOB_HOLD));
     let beyond = JOB_HOLD + Duration::from_millis(rng.u64(500..1200));
     match rng.u32(..8) {
         0 => call.works(rng, 2000..2500),

@@ -22,6 +22,8 @@ pub const PATIENT: Duration = Duration::from_secs(15);
 pub const LOCKS_PER_REQUEST: usize = 12;
 /// For how long a grant may be renewed where nothing else is said.
 pub const HOLD: Duration = Duration::from_secs(8);
+/// The TTL where nothing else is said.
+pub const TTL: Duration = Duration::from_secs(1);
 /// The wait where nothing else is said.
 pub const WAIT: Duration = Duration::from_millis(600);
 
@@ -38,7 +40,7 @@ pub fn envoy(upstream: SocketAddr) -> EnvoyConfig {
         "enforcement": "enforce",
         "owner": { "from": ["traceparent", "x-request-id"] },
         "backend": { "local": {} },
-        "defaults": { "mode": "exclusive", "wait": millis(WAIT), "ttl": "1s", "hold": millis(HOLD) },
+        "defaults": { "mode": "exclusive", "wait": millis(WAIT), "ttl": millis(TTL), "hold": millis(HOLD) },
         "limits": { "locks_per_request": LOCKS_PER_REQUEST, "waiters_per_lock": 8, "max_wait": "2s", "max_ttl": "5s" },
         "classes": [
             { "name": "account", "rank": 10 },
