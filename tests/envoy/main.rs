@@ -11,6 +11,7 @@ mod world;
 
 mod audit;
 mod ends;
+mod faults;
 mod grants;
 mod hostile;
 mod leases;

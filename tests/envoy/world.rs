@@ -6,6 +6,7 @@
 use std::time::{Duration, Instant};
 
 use interlock_testkit::client::Ask;
+use interlock_testkit::config::FILTER;
 use interlock_testkit::{Client, DEADLINE, Envoy, EnvoyConfig, Upstream, wait_for_async};
 use serde_json::{Value, json};
 
@@ -142,4 +143,23 @@ pub fn log_lines(envoy: &Envoy, event: &str) -> Vec<Value> {
     // Envoy puts its own words before each.
     let lines = logs.lines().filter_map(|line| serde_json::from_str(&line[line.find('{')?..]).ok());
     lines.filter(|line: &Value| line["event"] == event).collect()
+}
+
+/// Adds a listener like the first one, with a name and a policy of its own.
+pub fn add_listener(config: EnvoyConfig, name: &str, policy: &Value) -> EnvoyConfig {
+    config.patch(|bootstrap| {
+        let listeners = bootstrap["static_resources"]["listeners"].as_array_mut().unwrap();
+        let mut listener = listeners[0].clone();
+        listener["name"] = json!(name);
+        set_policy(&mut listener, policy);
+        listeners.push(listener);
+    })
+}
+
+/// Gives one listener another policy.
+pub fn set_policy(listener: &mut Value, policy: &Value) {
+    let filters = &mut listener["filter_chains"][0]["filters"][0]["typed_config"]["http_filters"];
+    let ours = filters.as_array_mut().unwrap().iter_mut().find(|filter| filter["name"] == FILTER).unwrap();
+    ours["typed_config"]["config"]["configuration"] =
+        json!({ "@type": "type.googleapis.com/google.protobuf.StringValue", "value": policy.to_string() });
 }
