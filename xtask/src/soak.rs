@@ -2,7 +2,7 @@
 //! caller and upstream saw.
 //!
 //! [`load`] draws what is asked, [`drive`] asks and serves it, [`judge`] takes the answers, [`ledger`] judges mutual exclusion and fences, [`answer`]
-//! the refusals, [`lag`] knows how late the machine is, [`watch`] looks at Envoy from outside, [`report`] counts. No rule of Interlock is taken from its own code.
+//! the refusals, [`lag`] knows how late the machine is, [`watch`] looks at Envoy from outside, [`stuck`] finds deadlocks that nobody was told of, [`report`] counts. No rule of Interlock is taken from its own code.
 
 mod answer;
 mod drive;
@@ -12,6 +12,7 @@ mod ledger;
 mod load;
 mod policy;
 mod report;
+mod stuck;
 mod watch;
 
 use std::collections::BTreeMap;
@@ -51,7 +52,7 @@ pub struct SoakArgs {
 
 pub fn run(args: SoakArgs) -> Result<()> {
     if !args.no_build && std::env::var_os("INTERLOCK_WASM").is_none() {
-        wasm::run(&wasm::WasmArgs::default())?;
+        wasm::shipped()?;
     }
     // Before the clock runs: the first time this may download an Envoy.
     println!("Envoy: {}", tools::envoy()?.display());
@@ -83,7 +84,9 @@ async fn soak(args: &SoakArgs) -> Result<()> {
     let driver = Driver::new(envoy.base_url());
     driver_sender.send_replace(Some(Arc::clone(&driver)));
 
-    let probes = tokio::spawn(Arc::clone(&driver).probe());
+    let mut watchers = JoinSet::new();
+    watchers.spawn(Arc::clone(&driver).probe());
+    watchers.spawn(Arc::clone(&driver).look_for_cycles());
     let start = Instant::now();
     let mut clients = JoinSet::new();
     for client in 0..args.clients {
@@ -94,14 +97,14 @@ async fn soak(args: &SoakArgs) -> Result<()> {
         ended.context("a client panicked")?;
     }
     let took = start.elapsed();
-    probes.abort();
+    watchers.shutdown().await;
     settle(&driver).await;
     let mut wrong = watch::aftermath(&envoy).await?;
     let stats = envoy.stats().await?;
     wrong.extend(both_workers(&stats));
     wrong.extend(driver.lock().numbers.against(|counter| watch::sum(&stats, counter)));
     wrong.extend(watch::growth(&samples));
-    judge(&driver, &samples, took, wrong, seed)
+    conclude(&driver, &samples, took, wrong, seed)
 }
 
 /// One client: one transaction after the other, each in the name of an owner of its own.
@@ -152,7 +155,7 @@ fn both_workers(stats: &BTreeMap<String, u64>) -> Option<String> {
     (zero == 0 || one == 0).then(|| "one worker had nothing to do".to_owned())
 }
 
-fn judge(driver: &Driver, samples: &[watch::Sample], took: Duration, wrong: Vec<String>, seed: u64) -> Result<()> {
+fn conclude(driver: &Driver, samples: &[watch::Sample], took: Duration, wrong: Vec<String>, seed: u64) -> Result<()> {
     let shared = driver.lock();
     let tally = shared.ledger.tally();
     shared.numbers.print(&tally, took);

@@ -20,6 +20,7 @@ use super::ledger::{Ledger, Verdict};
 use super::load::{Call, Ending, Expect, Locks, Step, Wire};
 use super::policy;
 use super::report::Numbers;
+use super::stuck::{self, Place};
 
 /// How often a late machine may make one request late: on its way in, out and home.
 pub const LATE: u32 = 3;
@@ -27,6 +28,9 @@ pub const LATE: u32 = 3;
 /// Probes of the machine's lag, and how long each pauses.
 const PROBES: usize = 6;
 const PROBE_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long a deadlock may stand on a machine that is not late: it is to be found before anyone waits.
+const UNTOLD: Duration = Duration::from_millis(200);
 
 /// A request that has no answer after so long hangs.
 const HANG: Duration = Duration::from_secs(30);
@@ -61,7 +65,18 @@ struct Flight {
     call: Arc<Call>,
     owner: u128,
     sent: Instant,
-    arrived: bool,
+    stage: Stage,
+}
+
+/// Where a request is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// On its way to the upstream; perhaps parked.
+    Out,
+    /// In the upstream, since then.
+    Inside(Instant),
+    /// On its way back.
+    Home,
 }
 
 /// One transaction.
@@ -85,7 +100,7 @@ impl Drop for Asking {
         if !self.over {
             let now = Instant::now();
             let mut shared = self.driver.lock();
-            let arrived = shared.flights.remove(&self.id).is_some_and(|flight| flight.arrived);
+            let arrived = shared.flights.remove(&self.id).is_some_and(|flight| flight.stage != Stage::Out);
             shared.ledger.ended(self.id, Verdict::Cut(now), now);
             let numbers = &mut shared.numbers;
             *(if arrived { &mut numbers.left_upstream } else { &mut numbers.left_parked }) += 1;
@@ -106,6 +121,9 @@ impl Drop for Staying<'_> {
         // Taken under the lock, so that the ledger's moments are in the order in which it hears of them.
         let now = Instant::now();
         shared.ledger.left(self.id, self.by_upstream, now);
+        if let Some(flight) = shared.flights.get_mut(&self.id) {
+            flight.stage = Stage::Home;
+        }
     }
 }
 
@@ -152,6 +170,20 @@ impl Driver {
         probes.join_next().await;
     }
 
+    /// Looks for deadlocks that nobody was told of, for ever.
+    pub async fn look_for_cycles(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(PROBE_PAUSE).await;
+            let mut shared = self.lock();
+            let now = Instant::now();
+            let late = shared.lag.slowest(now.checked_sub(UNTOLD).unwrap_or(now), now);
+            let age = UNTOLD + late * LATE;
+            if let Some(what) = shared.cycle(now, age) {
+                shared.ledger.violation(format!("a deadlock stands for {age:?}, and nobody was refused:{what}"));
+            }
+        }
+    }
+
     /// Runs one transaction in the name of a new owner.
     pub async fn transaction(self: &Arc<Self>, call: Call, owner: u128) {
         let name = format!("{owner:032x}");
@@ -179,7 +211,7 @@ impl Driver {
             shared.next += 1;
             shared.numbers.request(call.kind);
             shared.ledger.sent(id, &name, &format!("{} {} {}", call.kind, call.method, call.path));
-            shared.flights.insert(id, Flight { call: Arc::clone(&call), owner, sent, arrived: false });
+            shared.flights.insert(id, Flight { call: Arc::clone(&call), owner, sent, stage: Stage::Out });
             id
         };
         let mut asking =
@@ -264,7 +296,7 @@ impl Driver {
                 ledger.left(id, true, now);
                 return Reply::new(200, "nobody waits for this");
             };
-            flight.arrived = true;
+            flight.stage = Stage::Inside(now);
             let mut wrong = upon_arrival(&flight.call, &request, &grants);
             if let Expect::Locks(Locks { wait, .. }) = &flight.call.expect
                 && !lag.allows((now - flight.sent).saturating_sub(*wait), LATE, flight.sent, now)
@@ -297,6 +329,37 @@ impl Driver {
             Ending::BreakAfter => reply.reset = Some(Reset::AfterHead),
         }
         reply
+    }
+}
+
+impl Shared {
+    /// A cycle of which every edge is older than `age`.
+    fn cycle(&self, now: Instant, age: Duration) -> Option<String> {
+        let (mut waiters, mut holders) = (Vec::new(), Vec::new());
+        for flight in self.flights.values() {
+            let Expect::Locks(locks) = &flight.call.expect else { continue };
+            // A lease that may have been lost is not held for certain; and in these classes not every conflict is one.
+            let certain = now - flight.sent < locks.hold / 2;
+            let plain = locks.wants.iter().all(|(lock, _)| !lock.starts_with("pool/") && !lock.starts_with("stock/"));
+            if !certain || !plain {
+                continue;
+            }
+            let places = locks.wants.iter().map(|(lock, mode)| Place { owner: flight.owner, lock, mode: *mode });
+            match flight.stage {
+                Stage::Out if locks.wants.len() == 1 && now - flight.sent > age => waiters.extend(places),
+                Stage::Inside(since) if now - since > age => holders.extend(places),
+                _ => {}
+            }
+        }
+        let cycle = stuck::cycle(&stuck::edges(&waiters, &holders))?;
+        let told = |owner: &u128| {
+            let of = |places: &[Place<'_>]| {
+                let own = places.iter().filter(|place| place.owner == *owner);
+                own.map(|place| format!("{} ({:?})", place.lock, place.mode)).collect::<Vec<_>>().join(", ")
+            };
+            format!("\n    {owner:032x} waits for {}, holds {}", of(&waiters), of(&holders))
+        };
+        Some(cycle.iter().map(told).collect())
     }
 }
 

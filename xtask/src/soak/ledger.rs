@@ -57,7 +57,7 @@ impl Mode {
     }
 
     /// Gray's matrix, cell by cell.
-    fn compatible(self, other: Mode) -> bool {
+    pub fn compatible(self, other: Mode) -> bool {
         match self {
             IntentShared => matches!(other, IntentShared | IntentExclusive | Shared | SharedIntentExclusive),
             IntentExclusive => matches!(other, IntentShared | IntentExclusive),
