@@ -1,6 +1,9 @@
 //! Where the tests run: an Envoy for each module, in it a listener with a policy and an instance of its own for each
 //! test. Tests that share an Envoy can therefore run at once, and each can tell that it left nothing behind.
 //!
+//! Besides its own upstream every listener has the path [`RELAY`]: there an upstream passes requests on, through the same
+//! listener, as a service does that calls another one.
+//!
 //! No assertion about a single feature lives here.
 
 use std::collections::BTreeMap;
@@ -10,7 +13,9 @@ use std::sync::{Arc, LazyLock, Weak};
 use std::time::Duration;
 
 use interlock_testkit::client::{Ask, Pending};
-use interlock_testkit::{Answer, Client, Envoy, EnvoyConfig, RawClient, Recorded, Upstream, wait_for_async};
+use interlock_testkit::{
+    Answer, Client, Envoy, EnvoyConfig, RawClient, Recorded, Reply, Route, Upstream, wait_for_async,
+};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 use tokio::sync::Mutex;
@@ -101,16 +106,44 @@ impl Plan {
             "locks": [{ "name": "sentinel/1" }],
             "enforcement": "enforce",
         });
-        match self.policy["rules"].as_array_mut() {
-            _ if !self.sentinel => {}
-            Some(rules) => rules.push(sentinel),
-            None => self.policy["rules"] = json!([sentinel]),
+        if self.sentinel {
+            match self.policy["rules"].as_array_mut() {
+                Some(rules) => rules.push(sentinel),
+                None => self.policy["rules"] = json!([sentinel]),
+            }
         }
         let config = EnvoyConfig::local().policy(self.policy).upstream(upstream.address());
         // Requests are held at the upstream for as long as a test needs it.
         let config = config.patch_routes(|routes| routes[0]["route"]["timeout"] = json!("0s"));
         ((self.patch)(config), upstream)
     }
+}
+
+/// The path where an upstream makes a call of its own, through the listener that it was called through: to the path in
+/// `x-call`, with the `lock` in `x-call-lock`. It passes on what services pass on. Its answer is that of its call, as JSON.
+pub const RELAY: &str = "/relay";
+
+/// What services pass on from a request to the calls that they make for it.
+const PASSED_ON: [&str; 5] = ["traceparent", "x-request-id", "baggage", "lock-owner", "lock-fence"];
+
+async fn relay(request: Recorded) -> Reply {
+    let host = request.header("host").expect("a host");
+    let mut call = Client::http1_fresh().get(format!("http://{host}{}", request.header("x-call").expect("x-call")));
+    for name in PASSED_ON {
+        for value in request.headers.get_all(name) {
+            call = call.header(name, value.as_bytes());
+        }
+    }
+    if let Some(lock) = request.header("x-call-lock") {
+        call = call.header("lock", lock);
+    }
+    let answer = call.send().await.expect("an answer to the nested call");
+    let all = json!({
+        "status": answer.status,
+        "fence": answer.header("lock-fence"),
+        "body": answer.text(),
+    });
+    Reply::new(200, all.to_string()).header("lock-status", &answer.joined("lock-status"))
 }
 
 /// The path that takes a lock whatever the policy, by which a test proves that it looked at the table after its end.
@@ -124,6 +157,8 @@ pub struct Stage {
 
 struct Running {
     envoy: Envoy,
+    /// Serves [`RELAY`] for as long as it is here.
+    _relay: Upstream,
     upstreams: BTreeMap<&'static str, Upstream>,
 }
 
@@ -146,9 +181,12 @@ impl Stage {
     }
 
     async fn run(plans: Vec<(&'static str, Plan)>) -> Running {
+        let relay = Upstream::with(relay).await.expect("a relay");
         let (mut listeners, mut clusters, mut upstreams) = (Vec::new(), Vec::new(), BTreeMap::new());
         for (name, plan) in plans {
             let (config, upstream) = plan.build(name).await;
+            let config = config.route(Route::path(RELAY).cluster("relay").timeout("0s"));
+            let config = config.cluster("relay", relay.address());
             let config = config.patch_routes(|routes| {
                 for route in routes.iter_mut().filter(|route| route["route"]["cluster"] == "upstream") {
                     route["route"]["cluster"] = json!(name);
@@ -157,8 +195,12 @@ impl Stage {
             let resources = &config.bootstrap()["static_resources"];
             let mut listener = resources["listeners"][0].clone();
             listener["name"] = json!(name);
+            listener["stat_prefix"] = json!(name);
             listeners.push(listener);
             let all = resources["clusters"].as_array().expect("clusters");
+            if clusters.is_empty() {
+                clusters.extend(all.iter().filter(|cluster| cluster["name"] == "relay").cloned());
+            }
             let mut cluster = all.iter().find(|cluster| cluster["name"] == "upstream").expect("the upstream").clone();
             cluster["name"] = json!(name);
             cluster["load_assignment"]["cluster_name"] = json!(name);
@@ -168,7 +210,7 @@ impl Stage {
         let config = EnvoyConfig::local().patch(|bootstrap| {
             bootstrap["static_resources"] = json!({ "listeners": listeners, "clusters": clusters });
         });
-        Running { envoy: Envoy::start(config).await.expect("an Envoy"), upstreams }
+        Running { envoy: Envoy::start(config).await.expect("an Envoy"), _relay: relay, upstreams }
     }
 }
 
@@ -212,6 +254,27 @@ impl Lane {
     /// A unary gRPC call by this owner, over a connection of its own.
     pub fn grpc(&self, owner: u128, path: &str) -> Ask {
         Client::http2().grpc(self.url(path)).trace(owner)
+    }
+
+    /// A client with one open HTTP/2 connection, which this worker serves.
+    pub async fn client_on(&self, worker: usize) -> Client {
+        let name = format!("listener.{}.worker_{worker}.downstream_cx_total", self.name);
+        let mut client = Client::http2();
+        wait_for_async(&format!("a connection to worker {worker}"), DEADLINE, async || {
+            let before = self.envoy().stat(&name).await.expect("the admin endpoint");
+            client = Client::http2();
+            let warm = client.get(self.url("/warm")).send().await.expect("an answer");
+            assert_eq!(warm.status, 200);
+            self.envoy().stat(&name).await.expect("the admin endpoint") > before
+        })
+        .await;
+        client
+    }
+
+    /// Sends a request to [`RELAY`] with these locks, whose nested call asks for `inner` at `path`.
+    pub fn nested(&self, outer: &str, path: &str, inner: &str) -> Ask {
+        let ask = Client::http1_fresh().get(self.url(RELAY)).header("lock", outer);
+        ask.header("x-call", path).header("x-call-lock", inner)
     }
 
     /// Takes `locks` for this owner, and keeps them until it is told otherwise. `path` must be the holder's alone.
@@ -299,4 +362,27 @@ pub fn waited_ms(answer: &Answer) -> f64 {
     let timing = answer.header("server-timing").expect("server-timing");
     let dur = timing.strip_prefix("lock;dur=").unwrap_or_else(|| panic!("{timing}"));
     dur.parse().unwrap_or_else(|e| panic!("{timing}: {e}"))
+}
+
+/// The members of a `lock-fence`: name, fence and mode of each.
+pub fn fences(header: Option<String>) -> Vec<(String, u64, String)> {
+    let header = header.expect("lock-fence");
+    let member = |member: &str| {
+        let mut parts = member.split(';');
+        let name = parts.next()?.trim_matches('"').to_owned();
+        let fence = parts.next()?.strip_prefix("fence=")?.parse().ok()?;
+        Some((name, fence, parts.next()?.strip_prefix("mode=")?.to_owned()))
+    };
+    header.split(", ").map(|text| member(text).unwrap_or_else(|| panic!("{header}"))).collect()
+}
+
+/// The locks of a `lock-fence`, without their fences: `order/1 exclusive`.
+pub fn locks(header: Option<String>) -> Vec<String> {
+    fences(header).into_iter().map(|(name, _, mode)| format!("{name} {mode}")).collect()
+}
+
+/// Checks that `lock-status` is what it should be, but for how long the request waited: `wait=…`. Returns that in seconds.
+pub fn waited(status: &str, expected: &str) -> f64 {
+    let wait = status.strip_prefix(expected).and_then(|rest| rest.strip_prefix(";wait="));
+    wait.and_then(|wait| wait.parse().ok()).unwrap_or_else(|| panic!("{status}, and not {expected};wait=…"))
 }

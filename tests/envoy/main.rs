@@ -14,5 +14,8 @@ mod ends;
 mod faults;
 mod grants;
 mod hostile;
+mod matching;
 mod leases;
+mod reentry;
 mod refusals;
+mod telemetry;
