@@ -18,4 +18,5 @@ mod matching;
 mod leases;
 mod reentry;
 mod refusals;
+mod reload;
 mod telemetry;
