@@ -119,6 +119,11 @@ impl FakeProxy {
         self.state.borrow().shared.iter().map(|(key, (value, _))| (key.clone(), value.clone())).collect()
     }
 
+    /// Something else writes under a key.
+    pub(crate) fn overwrite(&self, key: &str, value: &[u8]) {
+        self.state.borrow_mut().shared.get_mut(key).expect("a key that was written").0 = value.to_vec();
+    }
+
     /// A counter's or a gauge's value; 0 for one that was never defined.
     pub(crate) fn metric(&self, name: &str) -> i64 {
         self.state.borrow().metrics.iter().find(|metric| metric.name == name).map_or(0, |metric| metric.value)

@@ -349,3 +349,73 @@ fn versions_may_wrap() {
     }
     proxy.assert_rest(TABLE);
 }
+
+/// Two listeners may share an instance, and one of them may be removed.
+#[test]
+fn a_root_that_goes_leaves_wake_ups_to_those_that_stay() {
+    let proxy = two();
+    let vm = proxy.vm(0);
+    let second = vm.configure(&active(&plain()));
+    proxy.run(secs(1));
+    vm.drop_root(second);
+    proxy.run(secs(1));
+    let holder = proxy.lock(1, "one", "a/1");
+    let waiter = proxy.lock(0, "two", "a/1;wait=9");
+    proxy.end(holder);
+    proxy.deliver();
+    assert!(proxy.is_upstream(waiter), "the wake-up went to a root that is gone");
+    proxy.end(waiter);
+    proxy.assert_rest(TABLE);
+}
+
+#[test]
+fn a_lost_lease_is_found_also_if_the_first_look_fails() {
+    let proxy = two();
+    let lost = proxy.lock(0, "one", "a/1;ttl=1;hold=60");
+    let waiter = proxy.lock(1, "two", "a/1;wait=9");
+    proxy.silence(0, true);
+    proxy.run(secs(2));
+    assert!(proxy.is_upstream(waiter));
+    proxy.silence(0, false);
+    // The heartbeat goes through; what comes after it does not.
+    proxy.vm(0).host.fail_shared(2, 1);
+    proxy.run(secs(1));
+    assert!(proxy.has_ended(lost), "both are upstream");
+    proxy.end(waiter);
+    proxy.assert_rest(TABLE);
+}
+
+/// A sweep goes on where it failed, and counts nothing twice.
+#[test]
+fn gauges_are_right_also_after_a_sweep_that_failed() {
+    for failed in (0..2100).step_by(131) {
+        let proxy = two();
+        let calls = ["a/1", "a/2", "a/3", "a/4"].map(|lock| proxy.lock(1, lock, lock));
+        proxy.vm(0).host.fail_shared(failed, 1);
+        for _ in 0..30 {
+            proxy.run(millis(100));
+            let held = proxy.fake.metric("interlock_held.class.a.instance.t");
+            assert!((0..=4).contains(&held), "{held} of 4 are held, after call {failed} failed");
+        }
+        assert_eq!(proxy.fake.metric("interlock_held.class.a.instance.t"), 4);
+        calls.into_iter().for_each(|call| proxy.end(call));
+        proxy.assert_rest(TABLE);
+    }
+}
+
+/// One record that nobody can read costs its own locks, and no others.
+#[test]
+fn an_unreadable_record_stops_no_housekeeping() {
+    let proxy = two();
+    proxy.lock(0, "one", "a/1");
+    let key = proxy.fake.shared().into_keys().find(|key| key.contains("/l/")).unwrap();
+    proxy.lock(0, "two", "b/1;ttl=1, b/2;ttl=1, b/3;ttl=1, b/4;ttl=1");
+    proxy.run(secs(2));
+    assert_eq!(proxy.fake.metric("interlock_held.class.b.instance.t"), 4);
+    proxy.kill(0);
+    proxy.fake.overwrite(&key, b"\x01garbage\xff");
+    proxy.run(secs(5));
+    assert_eq!(proxy.fake.metric("interlock_held.class.b.instance.t"), 0, "what a dead VM held is still held");
+    let refused = proxy.lock(1, "three", "a/1");
+    assert_eq!(proxy.ended(refused).refused(), Some(503));
+}

@@ -1,10 +1,12 @@
 //! The filter as a whole, over a fake proxy with a virtual clock: what callers and upstreams see of it, whatever fails.
 
+mod annotate;
 mod budget;
 mod faults;
 mod life;
 mod liveness;
 mod proxy;
+mod storm;
 
 use interlock_core::Duration;
 use serde_json::{Value, json};

@@ -213,6 +213,15 @@ impl Vm {
         self.settle();
     }
 
+    /// An answer that the host makes itself, whatever the stream is doing.
+    pub(super) fn host_answers(&self, id: ContextId, headers: &[(&str, &str)]) {
+        let fields: Vec<_> =
+            headers.iter().map(|(name, value)| ((*name).to_owned(), value.as_bytes().to_vec())).collect();
+        self.host.respond(id, &fields);
+        self.within(id, Phase::Response, |runtime| runtime.response_headers(&self.host, id));
+        self.settle();
+    }
+
     pub(super) fn body(&self, id: ContextId) -> Flow {
         let phase = self.host.stream(id).phase;
         let flow = self.within(id, phase, |runtime| runtime.request_body(&self.host, id));
