@@ -14,7 +14,7 @@ use interlock_testkit::upstream::{Recorded, Reply, Reset};
 use interlock_testkit::{Answer, Client};
 
 use super::answer;
-use super::judge::Judge;
+use super::judge::{self, Judge};
 use super::lag::Lag;
 use super::ledger::{Ledger, Verdict};
 use super::load::{Call, Ending, Expect, Locks, Step, Wire};
@@ -26,7 +26,7 @@ use super::stuck::{self, Place};
 pub const LATE: u32 = 3;
 
 /// Probes of the machine's lag, and how long each pauses.
-const PROBES: usize = 6;
+const PROBES: usize = 12;
 const PROBE_PAUSE: Duration = Duration::from_millis(100);
 
 /// How long a deadlock may stand on a machine that is not late: it is to be found before anyone waits.
@@ -100,8 +100,9 @@ impl Drop for Asking {
         if !self.over {
             let now = Instant::now();
             let mut shared = self.driver.lock();
-            let arrived = shared.flights.remove(&self.id).is_some_and(|flight| flight.stage != Stage::Out);
-            shared.ledger.ended(self.id, Verdict::Cut(now), now);
+            let Some(flight) = shared.flights.remove(&self.id) else { return };
+            let arrived = flight.stage != Stage::Out;
+            shared.ended(self.id, Verdict::Cut(now), &flight.call, flight.sent, now);
             let numbers = &mut shared.numbers;
             *(if arrived { &mut numbers.left_upstream } else { &mut numbers.left_parked }) += 1;
         }
@@ -210,7 +211,8 @@ impl Driver {
             let id = shared.next;
             shared.next += 1;
             shared.numbers.request(call.kind);
-            shared.ledger.sent(id, &name, &format!("{} {} {}", call.kind, call.method, call.path));
+            let lock = call.lock.as_deref().map(String::from_utf8_lossy).unwrap_or_default();
+            shared.ledger.sent(id, &name, &format!("{} {} {} lock: {lock}", call.kind, call.method, call.path));
             shared.flights.insert(id, Flight { call: Arc::clone(&call), owner, sent, stage: Stage::Out });
             id
         };
@@ -244,7 +246,7 @@ impl Driver {
                 call.expect,
             ));
         }
-        shared.ledger.ended(id, verdict, Instant::now());
+        shared.ended(id, verdict, &call, sent, Instant::now());
     }
 
     fn ask(&self, call: &Call, owner: u128, id: u64) -> interlock_testkit::client::Ask {
@@ -333,6 +335,13 @@ impl Driver {
 }
 
 impl Shared {
+    /// Tells the ledger how a request ended, as far as that is certain.
+    fn ended(&mut self, id: u64, verdict: Verdict, call: &Call, sent: Instant, now: Instant) {
+        let (verdict, unsure) = judge::certain(verdict, call, sent, now, &self.lag);
+        self.numbers.unsure += u64::from(unsure);
+        self.ledger.ended(id, verdict, now);
+    }
+
     /// A cycle of which every edge is older than `age`.
     fn cycle(&self, now: Instant, age: Duration) -> Option<String> {
         let (mut waiters, mut holders) = (Vec::new(), Vec::new());

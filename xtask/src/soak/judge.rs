@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::answer::{self, Status};
 use super::drive::{LATE, Shared};
+use super::lag::Lag;
 use super::ledger::Verdict;
 use super::load::{Call, Ending, Expect, Locks, Wire};
 use super::policy::{HASTY, INSTANCE, PATIENT};
@@ -17,9 +18,28 @@ use super::policy::{HASTY, INSTANCE, PATIENT};
 /// How much sooner than its time something may seem to end: clocks are read at different places.
 const EARLY: Duration = Duration::from_millis(20);
 
+/// How often a lease is renewed within its TTL.
+const BEATS: u32 = 3;
+
 /// How often a late machine may make a request late where a whole queue goes before it: all waiters that a lock may have,
 /// each there and back.
 const LATE_IN_QUEUE: u32 = 2 * LATE * 8;
+
+/// What is certain of a request's end, where the machine may have been so late that its worker did not renew the lease in
+/// time. Then the lock was held for one TTL, and may have gone to the next after that: the lease lapsed, and what protects
+/// a resource is the fence alone.
+pub fn certain(verdict: Verdict, call: &Call, sent: Instant, now: Instant, lag: &Lag) -> (Verdict, bool) {
+    let Expect::Locks(locks) = &call.expect else { return (verdict, false) };
+    if lag.slowest(sent, now) < locks.ttl / BEATS {
+        return (verdict, false);
+    }
+    let lapsed = sent + locks.ttl;
+    match verdict {
+        Verdict::Upstream => (Verdict::Cut(lapsed), true),
+        Verdict::Cut(at_least) => (Verdict::Cut(at_least.min(lapsed)), true),
+        Verdict::Refused => (verdict, false),
+    }
+}
 
 /// One answer, and all that is needed to judge it.
 pub struct Judge<'a> {
@@ -206,7 +226,7 @@ impl Judge<'_> {
             // Not by the hold limit: nobody renewed it, which a worker does several times within a TTL.
             numbers.expired += 1;
             let late = self.shared.lag.slowest(self.sent, self.sent + self.took);
-            if late < locks.ttl / 3 {
+            if late < locks.ttl / BEATS {
                 self.wrong.push(format!("lost before its time, and no request without locks took over {late:?}"));
             }
             Verdict::Cut(self.sent)

@@ -34,6 +34,8 @@ pub struct Numbers {
     pub lost_after: u64,
     /// Leases that nobody renewed in time.
     pub expired: u64,
+    /// Requests whose lease may have lapsed, since the machine was late.
+    pub unsure: u64,
     /// Waits of grants, and of refusals because of a wait that ran out; in microseconds.
     waits: Histogram<u64>,
 }
@@ -57,6 +59,7 @@ impl Default for Numbers {
             lost_before: 0,
             lost_after: 0,
             expired: 0,
+            unsure: 0,
             waits,
         }
     }
@@ -172,6 +175,7 @@ impl Numbers {
         count("requests with locks", tally.sections);
         count("judged whole", tally.whole);
         count("judged up to the moment they were cut", tally.cut);
+        count("of these on a machine too late to be sure", self.unsure);
         count("conflicting pairs, one after the other", tally.ordered);
         count("overlaps with one that had been cut (allowed)", tally.excused);
         println!("Requests by kind");
