@@ -84,7 +84,14 @@ impl Entry {
 
     /// Whether the two may not hold the lock together.
     fn conflicts(&self, other: &Entry) -> bool {
-        !self.mode.compatible(other.mode) && !self.passes(other)
+        !self.passes(other) && (!self.mode.compatible(other.mode) || self.reads_again(other))
+    }
+
+    /// Whether both are shared locks of one owner. Without re-entry it may not even read twice: a writer that queues
+    /// between the two would make it wait for itself, so better always than now and then. Intents are not meant: they
+    /// announce different locks below.
+    fn reads_again(&self, other: &Entry) -> bool {
+        self.owner == other.owner && self.mode == Mode::Shared && other.mode == Mode::Shared
     }
 
     /// Whether both are of one owner who may re-enter.
@@ -207,24 +214,25 @@ impl Queue {
     /// seen it would refuse the rest of that section. Every other grant raises `highest`, the highest fence that was
     /// ever given here, never below `floor` (see [`Fence::next`]).
     pub fn settle(&mut self, permits: u32, now: Time, floor: Fence, highest: &mut Fence) -> Vec<LeaseId> {
-        let mut granted = Vec::new();
-        let mut at = 0;
-        while let Some(waiter) = self.entries.get(at) {
-            if let Some(fence) = self.turn(at, waiter, permits) {
-                let fence = fence.unwrap_or_else(|| {
-                    *highest = highest.next(floor);
-                    *highest
-                });
-                if let Some(entry) = self.entries.get_mut(at)
-                    && let State::Waiting { hold, .. } = entry.state
-                {
-                    entry.state = State::Held { fence, since: now, renewed: now, until: now + hold };
-                    granted.push(entry.lease);
-                }
-            }
-            at += 1;
-        }
-        granted
+        (0..self.entries.len()).filter_map(|at| self.settle_at(at, permits, now, floor, highest)).collect()
+    }
+
+    /// As [`Queue::settle`], for one waiter alone. True if it was granted the lock.
+    pub fn settle_one(&mut self, lease: LeaseId, permits: u32, now: Time, floor: Fence, highest: &mut Fence) -> bool {
+        let place = self.entries.iter().position(|entry| entry.lease == lease);
+        place.and_then(|at| self.settle_at(at, permits, now, floor, highest)).is_some()
+    }
+
+    fn settle_at(&mut self, at: usize, permits: u32, now: Time, floor: Fence, highest: &mut Fence) -> Option<LeaseId> {
+        let re_entry = self.turn(at, self.entries.get(at)?, permits)?;
+        let entry = self.entries.get_mut(at)?;
+        let State::Waiting { hold, .. } = entry.state else { return None };
+        let fence = re_entry.unwrap_or_else(|| {
+            *highest = highest.next(floor);
+            *highest
+        });
+        entry.state = State::Held { fence, since: now, renewed: now, until: now + hold };
+        Some(entry.lease)
     }
 
     /// Whether it is the turn of the waiter at `at`; with the fence that it re-enters under, if it re-enters.

@@ -147,9 +147,9 @@ fn two_modes_of_one_owner_add_up() {
 
 #[test]
 fn without_re_entry_an_owner_is_refused_as_a_deadlock_with_itself() {
-    for mode in [X, S] {
+    for (first, mode) in [(X, X), (X, S), (S, X), (S, S)] {
         let mut w = World::new(2);
-        let held = w.ask(0, &ask("a").lock("l/1", X).not_reentrant()).granted();
+        let held = w.ask(0, &ask("a").lock("l/1", first).not_reentrant()).granted();
         assert_eq!(w.ask(1, &ask("a").lock("l/1", mode).not_reentrant()).cycle(), ["a", "a"]);
         let none = ask("a").lock("l/1", mode).not_reentrant().wait(ms(0));
         assert_eq!(w.ask(1, &none).slug(), "lock-held", "who does not wait cannot deadlock");
@@ -335,6 +335,24 @@ fn an_upgrade_granted_over_waiters_may_close_a_cycle_through_a_parallel_request(
 }
 
 #[test]
+fn an_upgrade_that_an_older_wait_of_its_owner_could_re_enter_is_searched_for_cycles_first() {
+    let mut w = World::new(2);
+    w.ask(0, &ask("c").lock("l/1", S)).granted();
+    let e = w.ask(0, &ask("e").lock("l/1", IX)).waits();
+    let reads = w.ask(0, &ask("a").lock("l/1", S)).waits();
+    let writes = w.ask(1, &ask("a").lock("l/1", X)).waits();
+    w.ask(0, &ask("a").lock("l/1", IS)).granted();
+    // It would cover the older read, and e would have to wait for both; and the older write waits for e.
+    assert_eq!(w.ask(1, &ask("a").lock("l/1", S).wait(ms(0))).cycle(), ["a", "e", "a"]);
+    w.cancel(writes);
+    let again = w.ask(1, &ask("a").lock("l/1", S).wait(ms(0))).granted();
+    assert_eq!(w.woken, [reads], "nothing is in the way of either now");
+    w.release(again);
+    w.cancel(e);
+    w.finish();
+}
+
+#[test]
 fn an_upgrade_queued_before_waiters_may_close_a_cycle_through_a_parallel_request() {
     let mut w = World::new(2);
     w.ask(0, &ask("p").lock("l/2", X)).granted();
@@ -393,6 +411,16 @@ fn a_lock_in_a_hierarchy_announces_itself_above() {
     w.ask(1, &ask("d").lock("stock/z", S).wait(ms(0))).granted();
     assert_eq!(w.ask(1, &ask("e").lock("stock", S).wait(ms(0))).slug(), "lock-held");
     w.ask(1, &ask("f").lock("stock", IS).wait(ms(0))).granted();
+    w.finish();
+}
+
+#[test]
+fn without_re_entry_an_owner_may_still_take_siblings() {
+    let mut w = World::with(classes(&[("stock", tree())]), 1, 0);
+    w.ask(0, &ask("a").lock("stock/a", X).not_reentrant()).granted();
+    w.ask(0, &ask("a").lock("stock/b", X).not_reentrant()).granted();
+    w.ask(0, &ask("a").lock("stock/c", S).not_reentrant()).granted();
+    assert_eq!(w.ask(0, &ask("a").lock("stock/c", S).not_reentrant()).cycle(), ["a", "a"]);
     w.finish();
 }
 

@@ -53,11 +53,19 @@ impl Table {
                 if !stood && stance != Stance::Last {
                     queue.enqueue(self.entry(scene, claim, want));
                 }
-                wakes = queue.settle(permits, scene.now, Fence::floor(scene.unix_micros), highest);
+                let floor = Fence::floor(scene.unix_micros);
+                let upgrades = !stood && queue.entry(lease).is_some_and(Entry::is_upgrade);
+                let upgraded = upgrades && queue.settle_one(lease, permits, scene.now, floor, highest);
+                wakes = if upgraded { vec![lease] } else { Vec::new() };
+                // Those who wait may have to wait for it from now on. Until it is known whether that closes a cycle,
+                // nobody else is granted anything on the strength of it.
+                let over_waiters = upgraded && queue.waiters().next().is_some();
+                if !over_waiters {
+                    wakes.extend(queue.settle(permits, scene.now, floor, highest));
+                }
                 let entry = queue.entry(lease);
                 let taken = match entry.map(|entry| &entry.state) {
                     Some(State::Held { fence, until, .. }) => {
-                        let over_waiters = !stood && wakes.contains(&lease) && is_over_waiters(queue, lease);
                         Taken::Granted { fence: *fence, until: *until, over_waiters }
                     }
                     Some(State::Waiting { .. }) if stance == Stance::Wait => {
@@ -79,7 +87,7 @@ impl Table {
                 let stays = matches!(taken, Taken::Granted { .. } | Taken::Queued { .. });
                 if !stays && queue.remove(lease).is_some() {
                     // It may have stood before others that it alone kept from the lock.
-                    wakes.extend(queue.settle(permits, scene.now, Fence::floor(scene.unix_micros), highest));
+                    wakes.extend(queue.settle(permits, scene.now, floor, highest));
                     if stood {
                         events.push(Event::Left { lock: want.name.clone() });
                     }
@@ -139,16 +147,4 @@ impl Table {
         // A refusal is read by people and travels in a header-sized answer: a few holders say enough.
         Taken::Busy { holders: others().filter_map(holder).take(8).collect(), retry_after }
     }
-}
-
-/// Whether an upgrade that was just granted keeps out others who wait. A re-entry keeps nobody out who was not before;
-/// it is under a fence that its owner had already.
-fn is_over_waiters(queue: &Queue, lease: LeaseId) -> bool {
-    let fence_of = |entry: &Entry| match entry.state {
-        State::Held { fence, .. } => Some(fence),
-        State::Waiting { .. } => None,
-    };
-    let Some(granted) = queue.entry(lease) else { return false };
-    let mut own = queue.holders().filter(|held| held.lease != lease && held.owner == granted.owner).peekable();
-    own.peek().is_some() && own.all(|held| fence_of(held) != fence_of(granted)) && queue.waiters().next().is_some()
 }

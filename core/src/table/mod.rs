@@ -283,8 +283,11 @@ impl Table {
                     self.load.locks += 1;
                     // An upgrade that goes ahead of waiters draws edges from them to its owner. If that owner waits
                     // elsewhere, in another request, they may close a cycle.
-                    if over_waiters && let Err(cause) = self.check_cycle(scene, &owner, None) {
-                        return self.refuse_at(scene, claim, None, cause);
+                    if over_waiters {
+                        if let Err(cause) = self.check_cycle(scene, &owner, None) {
+                            return self.refuse_at(scene, claim, None, cause);
+                        }
+                        self.settle(scene, &want.name);
                     }
                     stance = Stance::Try;
                 }
@@ -379,6 +382,22 @@ impl Table {
         let granted = queue.settle(permits, scene.now, Fence::floor(scene.unix_micros), highest);
         events.extend(granted.iter().map(|_| Event::Granted { lock: queue.name.clone(), queued: true }));
         Ok(self.addressed(queue, granted))
+    }
+
+    /// Grants what can be granted at one lock. Where the store fails, those who wait find out when they are polled.
+    fn settle<S: Store>(&mut self, scene: &Scene<'_, S>, name: &LockName) {
+        let mut events = Vec::new();
+        let settled = store::update(scene.store, scene.store.bucket(name.as_str()), |locks: &mut LockBucket| {
+            events.clear();
+            locks.with_queue(name, |queue, highest| {
+                let wakes = self.tidy(scene, queue, highest, None, &mut events)?;
+                Ok((wakes, Save::from(!events.is_empty())))
+            })
+        });
+        if let Ok(wakes) = settled {
+            self.effects.events.append(&mut events);
+            self.effects.wakes.extend(wakes);
+        }
     }
 
     fn addressed(&self, queue: &Queue, leases: Vec<LeaseId>) -> Vec<Wake> {

@@ -6,7 +6,7 @@ use interlock_core::session::{DEAD_AFTER, Sessions};
 use interlock_core::store::{LockBucket, OwnerBucket};
 use interlock_core::{Edge, Entry, Event, LeaseId, Mode, OwnerId, Queue, Refusal, SessionId, State, Store, Time};
 
-use super::{Health, World};
+use super::{Health, SWEEP, Worker, World};
 
 /// What is known from before: gauges, and the fences that were seen.
 #[derive(Default)]
@@ -84,7 +84,8 @@ fn excludes(mode: Mode) -> &'static [Mode] {
 
 fn conflict(a: &Entry, b: &Entry) -> bool {
     let re_enters = a.owner == b.owner && a.reentrant && b.reentrant;
-    !re_enters && excludes(a.mode).contains(&b.mode)
+    let reads_again = a.owner == b.owner && a.mode == Mode::Shared && b.mode == Mode::Shared;
+    !re_enters && (excludes(a.mode).contains(&b.mode) || reads_again)
 }
 
 /// Everything that must hold between any two steps.
@@ -105,11 +106,14 @@ pub fn all(world: &World) {
             let blockers = holders.iter().copied().chain(before);
             if permits == 1 {
                 let blockers: Vec<&Entry> = blockers.filter(|other| conflict(waiter, other)).collect();
-                edges.entry(waiter.owner.clone()).or_default().extend(blockers.iter().map(|it| it.owner.clone()));
-                progress(world, queue, waiter, !blockers.is_empty());
+                // Nobody is behind one whose worker crashed, or that the store would not let go.
+                if world.workers.iter().any(|worker| worker.pending.contains_key(&waiter.lease)) {
+                    edges.entry(waiter.owner.clone()).or_default().extend(blockers.iter().map(|it| it.owner.clone()));
+                }
+                progress(world, &sessions, queue, waiter, !blockers.is_empty());
             } else {
                 let full = holders.len() >= usize::try_from(permits).unwrap();
-                progress(world, queue, waiter, full || blockers.count() > holders.len());
+                progress(world, &sessions, queue, waiter, full || blockers.count() > holders.len());
             }
             listed(world, queue, waiter);
         }
@@ -179,10 +183,17 @@ fn fences(world: &World, queue: &Queue) {
     }
 }
 
-/// A waiter that somebody looks after has somebody in its way.
-fn progress(world: &World, queue: &Queue, waiter: &Entry, blocked: bool) {
-    let looked_after =
-        world.workers.iter().any(|worker| worker.health == Health::Runs && worker.pending.contains_key(&waiter.lease));
+/// A waiter that somebody looks after has somebody in its way, or somebody's end was between two sweeps: a waiter
+/// sets its timer by those whom it found at the lock, and a re-entry that came later may end sooner.
+fn progress(world: &World, sessions: &Sessions, queue: &Queue, waiter: &Entry, blocked: bool) {
+    let keeps_house = |worker: &Worker| worker.beats && worker.health == Health::Runs;
+    let ended_just_now = queue
+        .entries()
+        .iter()
+        .map(|entry| end(entry, sessions))
+        .any(|end| end <= world.now && (end + SWEEP > world.now || !world.workers.iter().any(keeps_house)));
+    let polls = |worker: &Worker| worker.health == Health::Runs && worker.pending.contains_key(&waiter.lease);
+    let looked_after = !ended_just_now && world.workers.iter().any(polls);
     assert!(blocked || !looked_after, "{}: nobody is in the way of {waiter:?}: {queue:?}", queue.name);
 }
 

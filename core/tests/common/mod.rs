@@ -3,7 +3,7 @@
 //! [`World`] does what a proxy does around the core: heartbeats, timers, wakes, second tries, sweeps. It never sleeps.
 //! After each step it holds the table against the invariants of [`check`], which are computed anew from the records
 //! and not with the core's own functions.
-#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(dead_code, unused_imports, clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 pub mod check;
 pub mod store;
@@ -34,6 +34,9 @@ pub fn owner(name: &str) -> OwnerId {
 pub const fn ms(millis: u64) -> Duration {
     Duration::from_millis(millis)
 }
+
+/// How often the first worker that runs sweeps the table.
+pub const SWEEP: Duration = BEAT;
 
 /// Rules without limits that a test would meet by accident.
 pub fn rules() -> Rules {
@@ -80,6 +83,10 @@ impl Ask {
     pub fn hold(mut self, hold: Duration) -> Self {
         self.wants.iter_mut().for_each(|want| want.hold = hold);
         self
+    }
+
+    pub fn longest_ttl(&self) -> Duration {
+        self.wants.iter().map(|want| want.ttl).max().unwrap_or_default()
     }
 
     pub fn not_reentrant(mut self) -> Self {
@@ -154,7 +161,7 @@ pub struct Worker {
     pub table: Table,
     pub health: Health,
     /// Whether its leases hang on a heartbeat; else each is renewed for itself.
-    beats: bool,
+    pub beats: bool,
     next_beat: Time,
     pub pending: BTreeMap<LeaseId, Pending>,
     pub leases: BTreeMap<LeaseId, Lease>,
@@ -170,6 +177,7 @@ pub struct World {
     pub unix_micros: u64,
     pub workers: Vec<Worker>,
     mail: Vec<(usize, LeaseId)>,
+    next_sweep: Time,
     pub ledger: Rc<RefCell<Ledger>>,
     /// Off in a world that acts in the middle of another's step, when no invariant that spans records need hold.
     pub checks: bool,
@@ -194,6 +202,7 @@ impl World {
             unix_micros: 1_764_000_000_000_000,
             workers: Vec::new(),
             mail: Vec::new(),
+            next_sweep: Time::ZERO,
             ledger: Rc::default(),
             checks: true,
             woken: Vec::new(),
@@ -255,6 +264,11 @@ impl World {
             }
         }
         answer
+    }
+
+    /// Holds the table against the invariants.
+    pub fn check(&self) {
+        check::all(self);
     }
 
     fn begin(&mut self) {
@@ -423,11 +437,15 @@ impl World {
     /// Sweeps every bucket.
     pub fn sweep(&mut self, at: usize) {
         self.begin();
+        self.keep_house(at);
+        self.end();
+    }
+
+    fn keep_house(&mut self, at: usize) {
         let mut census = Census::default();
         for bucket in 0..self.store.buckets() {
             drop(self.on(at, |table, scene| table.sweep(scene, bucket, &mut census)));
         }
-        self.end();
     }
 
     /// Does what is due now.
@@ -448,6 +466,12 @@ impl World {
             for lease in over.map(Lease::id).collect::<Vec<_>>() {
                 self.make_sure(at, lease);
             }
+            self.deliver();
+        }
+        let keeper = self.workers.iter().position(|worker| worker.beats && worker.health == Health::Runs);
+        if let Some(keeper) = keeper.filter(|_| self.next_sweep <= self.now) {
+            self.next_sweep = self.now + SWEEP;
+            self.keep_house(keeper);
             self.deliver();
         }
     }
@@ -496,9 +520,15 @@ impl World {
                 assert!(self.on(at, |table, scene| table.settle_debts(scene)));
             }
         }
-        // Those that crashed can only be waited for.
-        self.advance(self.rules.limits.longest_ttl + DEAD_AFTER);
+        // Those that crashed can only be waited for: at most a wait and a TTL.
+        let end = self.now + ms(100_000).max(self.rules.limits.longest_ttl + DEAD_AFTER);
+        while !check::read(self).1.is_empty() && self.now < end {
+            self.advance(DEAD_AFTER.max(self.rules.limits.longest_ttl / 10));
+        }
+        self.advance(DEAD_AFTER);
         let keeper = self.add_worker(true);
+        // The index is tidied after the locks it names, which may be in buckets that come later.
+        self.sweep(keeper);
         self.sweep(keeper);
         check::nothing_left(self);
     }
