@@ -78,22 +78,16 @@ impl RootContext for Root {
     }
 
     fn on_tick(&mut self) {
-        // All instances of the VM: one that no configuration names any more may still have streams.
-        let all = INSTANCES.with(|instances| {
-            instances.try_borrow_mut().map(|mut all| {
-                all.retain(|_, runtime| Rc::strong_count(runtime) > 1 || !with(runtime, close).unwrap_or(false));
-                all.values().cloned().collect::<Vec<_>>()
-            })
-        });
-        let due = all.into_iter().flatten().filter_map(|runtime| with(&runtime, |runtime| runtime.tick(&HOST)));
+        let due = all().into_iter().filter_map(|runtime| with(&runtime, |runtime| runtime.tick(&HOST)));
         if let Err(error) = HOST.set_tick(due.min().unwrap_or(BEAT)) {
             HOST.log(Level::Error, &format!("interlock: {error}"));
         }
     }
 
     fn on_queue_ready(&mut self, queue: u32) {
-        if let Some((_, runtime)) = &self.running {
-            with(runtime, |runtime| runtime.queue_ready(&HOST, QueueId(queue)));
+        // It may be another instance's: whichever root ticks listens for all.
+        for runtime in all() {
+            with(&runtime, |runtime| runtime.queue_ready(&HOST, QueueId(queue)));
         }
     }
 
@@ -156,6 +150,17 @@ fn with<T>(runtime: &Shared, act: impl FnOnce(&mut Runtime) -> T) -> Option<T> {
         return None;
     };
     Some(act(&mut runtime))
+}
+
+/// All instances of the VM, those that no configuration names any more only while they have streams.
+fn all() -> Vec<Shared> {
+    let all = INSTANCES.with(|instances| {
+        instances.try_borrow_mut().map(|mut all| {
+            all.retain(|_, runtime| Rc::strong_count(runtime) > 1 || !with(runtime, close).unwrap_or(false));
+            all.values().cloned().collect()
+        })
+    });
+    all.unwrap_or_default()
 }
 
 /// Ends a runtime that nothing refers to, if nothing hangs on it.

@@ -144,6 +144,8 @@ pub struct Local {
     leases: u64,
     swept: u32,
     census: Census,
+    /// Why some bucket of this round could not be swept.
+    unswept: Option<StoreError>,
 }
 
 impl Local {
@@ -166,6 +168,7 @@ impl Local {
             leases: 0,
             swept: 0,
             census: Census::default(),
+            unswept: None,
         })
     }
 
@@ -292,23 +295,28 @@ impl Local {
     /// all round. Also tries again what failed earlier. `idle`: the VM serves no requests.
     ///
     /// # Errors
-    /// Those of the store.
+    /// Those of the store; of the buckets of a round only one, when it has been all round.
     pub fn keep_house(&mut self, host: &dyn Host, rules: &Rules, idle: bool) -> Result<Option<Census>, StoreError> {
         with_scene(host, &self.space, rules, |scene| {
             self.table.settle_debts(scene);
             if !self.table.keep_house(scene, idle)? {
-                (self.swept, self.census) = (0, Census::default());
+                (self.swept, self.census, self.unswept) = (0, Census::default(), None);
                 return Ok(None);
             }
-            for bucket in self.swept..BUCKETS.min(self.swept + SWEEP_STEP) {
-                self.table.sweep(scene, bucket, &mut self.census)?;
+            let end = BUCKETS.min(self.swept + SWEEP_STEP);
+            for bucket in self.swept..end {
+                // One bucket that cannot be read must not keep the others from being swept.
+                if let Err(error) = self.table.sweep(scene, bucket, &mut self.census) {
+                    self.unswept = Some(error);
+                }
             }
-            self.swept += SWEEP_STEP;
+            self.swept = end;
             if self.swept < BUCKETS {
                 return Ok(None);
             }
             self.swept = 0;
-            Ok(Some(core::mem::take(&mut self.census)))
+            let census = core::mem::take(&mut self.census);
+            self.unswept.take().map_or(Ok(Some(census)), Err)
         })
     }
 

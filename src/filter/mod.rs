@@ -13,7 +13,7 @@ pub mod stream;
 mod tests;
 mod upkeep;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::rc::Rc;
 
 use interlock_core::{
@@ -91,8 +91,10 @@ pub struct Runtime {
     active: Rc<Active>,
     /// Whether this VM has ever served a request.
     served: bool,
-    /// Tables in which leases may have ended unnoticed, because this VM was silent for too long.
-    doubtful: BTreeSet<Purpose>,
+    /// Tables in which leases may have ended unnoticed, because this VM was silent for too long; and when to look.
+    doubtful: BTreeMap<Purpose, Time>,
+    /// When the next tick comes, as it was last asked for.
+    armed: Time,
     /// When this VM last kept house, or asked to.
     housekept: Time,
 }
@@ -112,7 +114,8 @@ impl Runtime {
             timers: BTreeSet::new(),
             active,
             served: false,
-            doubtful: BTreeSet::new(),
+            doubtful: BTreeMap::new(),
+            armed: Time::NEVER,
             housekept: Time::ZERO,
         };
         runtime.open_audit(host)?;
@@ -171,17 +174,17 @@ impl Runtime {
         if !matches!(outcome, Ok(Outcome::Granted(_))) {
             case.name_route(host);
         }
-        match self.absorb(host, id, case, outcome, Duration::ZERO) {
+        let fate = self.absorb(host, id, case, outcome, Duration::ZERO);
+        // Its wait, its hold limit, the heartbeat that its TTL asks for: one may be due before the tick that is on its way.
+        if self.next_due() < self.armed {
+            self.arm(host);
+        }
+        match fate {
             Fate::Forward => {
                 self.forward(host, id);
                 Flow::Continue
             }
-            Fate::Park => {
-                if self.timers.first().is_some_and(|(_, first)| *first == id) {
-                    self.arm(host);
-                }
-                Flow::Stop
-            }
+            Fate::Park => Flow::Stop,
             Fate::Answer(answer) => {
                 if let Err(error) = answer.send(host) {
                     report::trouble(host, active, &error);
@@ -225,9 +228,11 @@ impl Runtime {
                 local.cancel(host, &case.active.rules, pending);
             }
             State::Holding(held) => {
+                let modes: BTreeMap<_, _> =
+                    held.lease.grants().iter().map(|grant| (grant.name.clone(), grant.mode)).collect();
                 for lock in local.release(host, &case.active.rules, held.lease) {
                     case.name_route(host);
-                    report::lost(host, &case, &lock, Loss::Expired);
+                    report::lost(host, &case, &lock, modes.get(&lock).copied(), Loss::Expired);
                 }
             }
             State::Over(_) => return,

@@ -1,6 +1,6 @@
 //! What the filter tells operators: metrics and log lines. Nothing is decided here.
 
-use interlock_core::{Cause, Duration, Event, Lease, LockName, Loss, Pending, State, StoreError};
+use interlock_core::{Cause, Duration, Event, Lease, LockName, Loss, Mode, Pending, State, StoreError};
 
 use super::Active;
 use super::stream::Case;
@@ -75,7 +75,7 @@ pub fn cancelled(host: &dyn Host, case: &Case, pending: &Pending) {
 }
 
 /// A lease ended before its request did.
-pub fn lost(host: &dyn Host, case: &Case, lock: &LockName, loss: Loss) {
+pub fn lost(host: &dyn Host, case: &Case, lock: &LockName, mode: Option<Mode>, loss: Loss) {
     if !case.is_enforced() {
         return case.active.telemetry.audit(host, lock.class(), "lost", "lease-lost");
     }
@@ -85,7 +85,7 @@ pub fn lost(host: &dyn Host, case: &Case, lock: &LockName, loss: Loss) {
         instance: &case.active.policy.instance,
         owner: case.owner.as_ref().map(|owner| owner.as_str()),
         lock: Some(lock.as_str()),
-        mode: None,
+        mode: mode.map(Mode::as_str),
         reason: loss.as_str(),
         detail: "",
         holders: &[],

@@ -16,17 +16,23 @@ use crate::host::{ContextId, Host, QueueId};
 use crate::policy::OnLeaseLost;
 
 impl Runtime {
-    /// Messages have come by a queue: waiters of this VM were granted their locks.
+    /// Messages have come by a queue. If it is one of this instance's, waiters of this VM were granted their locks.
     pub fn queue_ready(&mut self, host: &dyn Host, queue: QueueId) {
         for purpose in [Purpose::Enforce, Purpose::Audit] {
-            let Some(local) = self.local(purpose).filter(|local| local.mailbox() == Some(queue)) else { continue };
-            for lease in local.woken(host) {
-                if let Some(id) = self.leases.get(&(purpose, lease)).copied() {
-                    self.look_after(host, id);
-                }
+            if self.local(purpose).is_some_and(|local| local.mailbox() == Some(queue)) {
+                self.empty_mailbox(host, purpose);
+                self.arm(host);
             }
         }
-        self.arm(host);
+    }
+
+    fn empty_mailbox(&mut self, host: &dyn Host, purpose: Purpose) {
+        let woken = self.local(purpose).map(|local| local.woken(host)).unwrap_or_default();
+        for lease in woken {
+            if let Some(id) = self.leases.get(&(purpose, lease)).copied() {
+                self.look_after(host, id);
+            }
+        }
     }
 
     /// A tick of a root: beats, looks after whoever is due, keeps house. Says how soon the next one is needed.
@@ -34,10 +40,12 @@ impl Runtime {
         for purpose in [Purpose::Enforce, Purpose::Audit] {
             self.beat(host, purpose);
         }
-        while let Some(purpose) = self.doubtful.pop_first() {
-            self.check_leases(host, purpose);
-        }
         let now = host.now();
+        for purpose in [Purpose::Enforce, Purpose::Audit] {
+            if self.doubtful.get(&purpose).is_some_and(|due| *due <= now) {
+                self.check_leases(host, purpose);
+            }
+        }
         while let Some((_, id)) = self.timers.first().copied().filter(|(due, _)| *due <= now) {
             self.look_after(host, id);
         }
@@ -45,11 +53,15 @@ impl Runtime {
             self.housekept = now;
             self.keep_house(host);
         }
-        self.next_due(host)
+        self.armed = self.next_due().min(now + BEAT);
+        self.armed.since(host.now())
     }
 
-    /// Keeps house, if that falls to this VM.
+    /// Listens for wake-ups, and keeps house if that falls to this VM.
     fn keep_house(&mut self, host: &dyn Host) {
+        for purpose in [Purpose::Enforce, Purpose::Audit] {
+            self.listen(host, purpose);
+        }
         let active = Rc::clone(&self.active);
         let idle = !self.served;
         for purpose in [Purpose::Enforce, Purpose::Audit] {
@@ -61,6 +73,16 @@ impl Runtime {
             }
             self.deliver(host, purpose);
         }
+    }
+
+    /// Has wake-ups delivered to the root whose callback runs. The host tells nobody when the root that it delivers to is
+    /// gone; a root that ticks is there. What was lost meanwhile is in the queue still.
+    fn listen(&mut self, host: &dyn Host, purpose: Purpose) {
+        let Some(local) = self.local(purpose).filter(|local| local.mailbox().is_some()) else { return };
+        if let Err(error) = local.listen(host) {
+            report::trouble(host, &self.active, &error);
+        }
+        self.empty_mailbox(host, purpose);
     }
 
     /// Looks after one stream: a waiter that may have been granted, or whose time is up; a lease at its hold limit. Only
@@ -104,7 +126,7 @@ impl Runtime {
         }
         self.deliver(host, purpose);
         let _ = host.within(id, |host| case.name_route(host));
-        report::lost(host, &case, lock, loss);
+        report::lost(host, &case, lock, Some(mode), loss);
         let abort = case.is_enforced() && case.terms.on_lease_lost == OnLeaseLost::Abort;
         if abort {
             let refusal = Refusal { lock: lock.clone(), mode, owner, cause: Cause::LeaseLost { loss } };
@@ -124,14 +146,15 @@ impl Runtime {
         let Some(local) = self.local(purpose) else { return };
         match local.beat(host, &active.rules) {
             Ok(false) => {}
-            Ok(true) => drop(self.doubtful.insert(purpose)),
+            Ok(true) => drop(self.doubtful.insert(purpose, Time::ZERO)),
             Err(error) => report::backend(host, &active, &error),
         }
     }
 
-    /// Finds the leases of a table that ended while the VM was silent.
+    /// Finds the leases of a table that ended while the VM was silent. Those that cannot be read now stay in doubt.
     fn check_leases(&mut self, host: &dyn Host, purpose: Purpose) {
         let mut lost = Vec::new();
+        let mut unknown = false;
         for (id, Stream { case, state, .. }) in &self.streams {
             let State::Holding(held) = state else { continue };
             if case.purpose() != purpose {
@@ -141,10 +164,10 @@ impl Runtime {
                 Purpose::Enforce => Some(&mut self.enforce),
                 Purpose::Audit => self.audit.as_mut(),
             };
-            // What cannot be read now is found at the end of the stream.
-            if let Some(Ok(Some((lock, loss)))) = local.map(|local| local.check(host, &case.active.rules, &held.lease))
-            {
-                lost.push((*id, lock, loss));
+            match local.map(|local| local.check(host, &case.active.rules, &held.lease)) {
+                Some(Ok(Some((lock, loss)))) => lost.push((*id, lock, loss)),
+                Some(Ok(None)) | None => {}
+                Some(Err(_)) => unknown = true,
             }
         }
         for (id, lock, loss) in lost {
@@ -152,20 +175,25 @@ impl Runtime {
                 self.lose(host, id, case, held, &lock, loss);
             }
         }
+        if unknown {
+            self.doubtful.insert(purpose, host.now() + BEAT);
+        } else {
+            self.doubtful.remove(&purpose);
+        }
     }
 
-    /// How soon a tick is needed.
-    fn next_due(&self, host: &dyn Host) -> Duration {
-        let now = host.now();
-        let doubt = if self.doubtful.is_empty() { Time::NEVER } else { now };
-        let due = self.timers.first().map_or(Time::NEVER, |(due, _)| *due);
+    /// When a tick is needed. Asks the host nothing.
+    pub(super) fn next_due(&self) -> Time {
+        let timer = self.timers.first().map(|(due, _)| *due);
         let beats = [Some(&self.enforce), self.audit.as_ref()].into_iter().flatten().map(Local::next_beat);
-        beats.chain([doubt, due, now + BEAT]).min().unwrap_or(now).since(now)
+        beats.chain(timer).chain(self.doubtful.values().copied()).min().unwrap_or(Time::NEVER)
     }
 
     /// Sees to it that the next tick comes when it is needed.
-    pub(super) fn arm(&self, host: &dyn Host) {
-        if let Err(error) = host.set_tick(self.next_due(host)) {
+    pub(super) fn arm(&mut self, host: &dyn Host) {
+        let now = host.now();
+        self.armed = self.next_due().min(now + BEAT);
+        if let Err(error) = host.set_tick(self.armed.since(now)) {
             report::trouble(host, &self.active, &error);
         }
     }
