@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use interlock_testkit::client::traceparent;
-use interlock_testkit::{Client, RawClient};
+use interlock_testkit::{Client, EnvoyConfig, RawClient};
 use serde_json::json;
 
 use crate::common::{DEADLINE, Lane, Plan, Stage, fences, locks, owner, run, waited, waited_ms};
@@ -23,11 +23,20 @@ static STAGE: Stage = Stage::new(|| {
         ("many", plain()),
         ("stock", lane(json!([{ "name": "stock", "hierarchy": true }]))),
         ("pool", lane(json!([{ "name": "pool", "permits": 2 }]))),
-        ("deadline", Plan::new(json!({ "limits": { "max_wait": "20s" } }))),
+        ("deadline", Plan::new(json!({})).patch(internal)),
         ("max-wait", Plan::new(json!({ "limits": { "max_wait": "300ms" } }))),
         ("body", plain()),
     ]
 });
+
+/// Envoy removes `x-envoy-expected-rq-timeout-ms` from callers that are not declared to be its own.
+fn internal(config: EnvoyConfig) -> EnvoyConfig {
+    config.patch_hcm(|hcm| {
+        let loopback = json!({ "address_prefix": "127.0.0.0", "prefix_len": 8 });
+        hcm["use_remote_address"] = json!(true);
+        hcm["internal_address_config"] = json!({ "cidr_ranges": [loopback] });
+    })
+}
 
 #[test]
 fn a_free_lock_is_granted_at_once() {
