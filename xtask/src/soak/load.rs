@@ -97,8 +97,9 @@ pub enum Ending {
     BreakAfter,
 }
 
-/// TTLs in seconds: some shorter than what is done under them.
-const TTLS: [&str; 4] = ["0.3", "1", "1.5", "5"];
+/// TTLs in seconds: some shorter than what is done under them. But few: on a loaded machine a short lease may lapse, and then
+/// little of it is certain.
+const TTLS: [&str; 6] = ["0.3", "1.5", "3", "4", "5", "5"];
 
 /// Malformed `lock` headers of every kind that HTTP lets through.
 const MALFORMED: [&[u8]; 16] = [

@@ -23,7 +23,7 @@ pub const LOCKS_PER_REQUEST: usize = 12;
 /// For how long a grant may be renewed where nothing else is said.
 pub const HOLD: Duration = Duration::from_secs(8);
 /// The TTL where nothing else is said.
-pub const TTL: Duration = Duration::from_secs(1);
+pub const TTL: Duration = Duration::from_secs(3);
 /// The wait where nothing else is said.
 pub const WAIT: Duration = Duration::from_millis(600);
 

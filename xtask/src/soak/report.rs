@@ -123,7 +123,7 @@ impl Numbers {
         let least = [
             ("granted", self.grants, per_minute(2000)),
             ("granted after a wait", self.hand_overs, per_minute(400)),
-            ("judged whole at the upstream", tally.whole, per_minute(2000)),
+            ("judged whole at the upstream", tally.whole, per_minute(1000)),
             ("one after the other on a lock", tally.ordered, per_minute(400)),
             ("refused as deadlock", self.refused_as("deadlock"), per_minute(20)),
             ("refused as order-violation", self.refused_as("order-violation"), per_minute(20)),
