@@ -37,8 +37,6 @@ pub(super) struct Call {
 #[derive(Clone, Debug)]
 pub(super) struct Ended {
     pub(super) stream: FakeStream,
-    /// When.
-    pub(super) at: Time,
     /// Whether the upstream ever saw it.
     pub(super) forwarded: bool,
     /// Whether it was reset in the middle of its response.
@@ -199,8 +197,7 @@ impl Vm {
         };
         self.host.set_root(root);
         self.host.enter_phase(id, phase);
-        let answer = act(&mut runtime.borrow_mut());
-        answer
+        act(&mut runtime.borrow_mut())
     }
 
     /// The upstream's response headers.
@@ -242,7 +239,7 @@ impl Vm {
         let open = self.open.borrow_mut().remove(&id).unwrap();
         assert!(stream.resumed <= 1 && stream.replies.len() <= 1, "{stream:?}");
         let forwarded = open.forwarded || stream.resumed > 0 || (seen && stream.replies.is_empty());
-        let ended = Ended { stream, at: self.host.proxy().now(), forwarded, reset };
+        let ended = Ended { stream, forwarded, reset };
         assert!(self.ended.borrow_mut().insert(id, ended).is_none());
     }
 
@@ -443,21 +440,23 @@ impl Proxy {
     /// The entries of a lock in one table.
     pub(super) fn entries(&self, table: &str, lock: &str) -> Vec<Entry> {
         let buckets = self.records::<LockBucket>(table, "l");
-        let queues = buckets.iter().flat_map(LockBucket::queues);
+        let queues = buckets.iter().flatten().flat_map(LockBucket::queues);
         queues.filter(|queue| queue.name.as_str() == lock).flat_map(|queue| queue.entries().to_vec()).collect()
     }
 
-    fn records<R: interlock_core::store::Record>(&self, table: &str, kind: &str) -> Vec<R> {
+    /// The records of one kind in a table; none for one that cannot be read.
+    fn records<R: interlock_core::store::Record>(&self, table: &str, kind: &str) -> Vec<Option<R>> {
         let prefix = format!("interlock/1/{table}/{kind}/");
         let shared = self.fake.shared();
         let records = shared.iter().filter(|(key, _)| key.starts_with(&prefix));
-        records.map(|(_, value)| postcard::from_bytes(&value[1..]).unwrap()).collect()
+        records.map(|(_, value)| postcard::from_bytes(&value[1..]).ok()).collect()
     }
 
     /// How many locks and owners a table knows.
     pub(super) fn size(&self, table: &str) -> (usize, usize) {
-        let locks = self.records::<LockBucket>(table, "l").iter().map(|bucket| bucket.queues().len()).sum();
-        let owners = self.records::<OwnerBucket>(table, "o").iter().map(|bucket| bucket.holdings().len()).sum();
+        let (locks, owners) = (self.records::<LockBucket>(table, "l"), self.records::<OwnerBucket>(table, "o"));
+        let locks = locks.iter().map(|bucket| bucket.as_ref().unwrap().queues().len()).sum();
+        let owners = owners.iter().map(|bucket| bucket.as_ref().unwrap().holdings().len()).sum();
         (locks, owners)
     }
 
