@@ -197,6 +197,12 @@ impl Judge<'_> {
         }
     }
 
+    /// Whether the machine may have been too late to renew its lease.
+    fn may_have_lapsed(&self, locks: &Locks) -> bool {
+        let late = self.shared.lag.slowest(self.sent, self.sent + self.took);
+        self.took + EARLY >= locks.ttl && late >= locks.ttl / BEATS
+    }
+
     /// No whole answer came.
     fn broken(&mut self) -> Verdict {
         match (&self.call.expect, self.call.ending) {
@@ -204,7 +210,9 @@ impl Judge<'_> {
                 self.shared.numbers.broken_after += 1;
                 Verdict::Upstream
             }
-            (Expect::Locks(locks), _) if self.took + EARLY >= locks.hold => self.lost(locks, true),
+            (Expect::Locks(locks), _) if self.took + EARLY >= locks.hold || self.may_have_lapsed(locks) => {
+                self.lost(locks, true)
+            }
             _ if self.took + EARLY >= self.limit() => {
                 self.shared.numbers.route_timeouts += 1;
                 Verdict::Cut(self.sent + self.limit().saturating_sub(EARLY))
@@ -225,9 +233,8 @@ impl Judge<'_> {
         } else {
             // Not by the hold limit: nobody renewed it, which a worker does several times within a TTL.
             numbers.expired += 1;
-            let late = self.shared.lag.slowest(self.sent, self.sent + self.took);
-            if late < locks.ttl / BEATS {
-                self.wrong.push(format!("lost before its time, and no request without locks took over {late:?}"));
+            if !self.may_have_lapsed(locks) {
+                self.wrong.push("lost before its time, on a machine that was not late".to_owned());
             }
             Verdict::Cut(self.sent)
         }
