@@ -156,6 +156,24 @@ async fn the_upstream_breaks_off() {
     assert_all_given_back(&world).await;
 }
 
+/// Envoy tries again by itself: that is still the one request, under the one grant.
+#[tokio::test]
+async fn the_upstream_breaks_off_and_is_tried_again() {
+    let retried = Route::prefix("/retried").patch(|route| {
+        route["route"]["retry_policy"] = json!({ "retry_on": "reset,5xx", "num_retries": 2 });
+    });
+    let world = World::with(|config| config.route(retried)).await;
+    let answer = ends(&world, world.ask(1, "/retried?hold&reset=before", LONG), "/retried").await.unwrap();
+    assert_eq!(answer.status, 503);
+    let tries = world.upstream.requests_to("/retried");
+    assert_eq!(tries.len(), 3);
+    let fences = tries.iter().map(|request| request.header("lock-fence").unwrap()).collect::<Vec<_>>();
+    assert!(fences.iter().all(|fence| *fence == fences[0]), "{fences:?}");
+    let next = &world.upstream.requests_to("/next")[0];
+    assert!(next.arrived >= tries[2].ended.unwrap().1, "the lock is held over all tries");
+    assert_all_given_back(&world).await;
+}
+
 #[tokio::test]
 async fn the_route_has_a_timeout() {
     let world = World::with(|config| config.route(Route::prefix("/slow").timeout("4s"))).await;
@@ -406,4 +424,22 @@ async fn the_listener_is_removed() {
     let took = freed.elapsed();
     assert!(took < Duration::from_secs(3), "nobody was told: a dozen hand-overs took {took:?}");
     assert_all_given_back(&world).await;
+}
+
+#[tokio::test]
+async fn envoy_itself_ends() {
+    let world = World::start().await;
+    let holder = world.ask(1, "/held?hold", LONG).spawn();
+    world.upstream.wait_for_requests("/held", 1).await;
+    let waiters = (2..6).map(|owner| world.ask(owner, "/next", LONG).spawn()).collect::<Vec<_>>();
+    world.until_waiting(4).await;
+    let stopped = Instant::now();
+    let log = world.envoy.stop().await.unwrap();
+    assert!(stopped.elapsed() < PROMPT, "it had to be killed");
+    for word in ["[critical]", "Segmentation", "assert failure", "interlock: "] {
+        assert!(!log.contains(word), "{log}");
+    }
+    for request in waiters.into_iter().chain([holder]) {
+        assert!(request.answer().await.is_err(), "nobody is let through at the end");
+    }
 }

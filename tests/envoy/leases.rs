@@ -47,6 +47,22 @@ async fn an_upstream_slower_than_the_ttl_keeps_the_lock() {
     }
 }
 
+/// A response that takes long to stream is a request that still holds its lock.
+#[tokio::test]
+async fn an_answer_that_streams_for_longer_than_the_ttl_keeps_the_lock() {
+    let world = World::start().await;
+    let holder = world.ask(1, "/streams?stall=4000&body=1000", SHORT).spawn();
+    world.upstream.wait_for_requests("/streams", 1).await;
+    let waiter = world.ask(2, "/next", SHORT).spawn();
+    for request in [holder, waiter] {
+        assert_eq!(request.answer().await.unwrap().status, 200);
+    }
+    let (_, ended) = world.upstream.requests_to("/streams")[0].ended.unwrap();
+    assert!(world.upstream.requests_to("/next")[0].arrived >= ended, "the lock was free before the response had ended");
+    world.assert_clean().await;
+    assert_eq!(world.count("interlock_lease_lost_total", &[]).await, 0.0);
+}
+
 /// Two waiters, one a connection, behind a holder that reaches its hold limit: checks when they get the lock.
 async fn next_at_the_hold_limit(world: &World, holder: Ask, path: &str, check: impl AsyncFnOnce(Ask)) {
     let asked = Instant::now();

@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use interlock_testkit::client::Pending;
+use interlock_testkit::config::FILTER;
 use interlock_testkit::envoy::Update;
-use interlock_testkit::{Client, DEADLINE, Envoy, EnvoyConfig, wait_for_async};
+use interlock_testkit::{Client, DEADLINE, Envoy, EnvoyConfig, tools, wait_for_async};
 use serde_json::{Value, json};
 
 use crate::world::{World, add_listener, policy};
@@ -96,6 +97,47 @@ async fn policies_change_under_load_while_locks_are_held() {
     for name in ["interlock_lease_expired_total", "interlock_lease_lost_total"] {
         assert_eq!(world.count(name, &[]).await, 0.0, "{name}");
     }
+}
+
+/// Another build of the plugin takes over: its VMs find the table of those before them, and share it with them while they
+/// last.
+#[tokio::test]
+async fn the_plugin_is_replaced_while_locks_are_held() {
+    let mut world = World::with(EnvoyConfig::listener_from_file).await;
+    let mut requests = vec![world.ask(1, "/held?hold", "order/1;ttl=2").spawn()];
+    world.upstream.wait_for_requests("/held", 1).await;
+    requests.push(world.ask(2, "/first", "order/1;ttl=60").spawn());
+    world.until_waiting(1).await;
+    let other = tools::faults_wasm().unwrap();
+    let replaced = world.envoy.update_listeners(|listener| {
+        let filters = &mut listener["filter_chains"][0]["filters"][0]["typed_config"]["http_filters"];
+        let ours = filters.as_array_mut().unwrap().iter_mut().find(|filter| filter["name"] == FILTER).unwrap();
+        ours["typed_config"]["config"]["vm_config"]["code"] = json!({ "local": { "filename": other } });
+    });
+    assert_eq!(replaced.await.unwrap(), Update::Taken);
+    // Only the other build traps on demand: by this it is known to serve new requests.
+    wait_for_async("the other build to serve", DEADLINE, async || {
+        let request = Client::http1_fresh().get(world.url("/which")).header("x-interlock-fault", "panic");
+        request.send().await.unwrap().status == 503
+    })
+    .await;
+    let mut in_a_row = 0;
+    wait_for_async("VMs of the other build on both workers", DEADLINE, async || {
+        let refused = world.ask(3, "/refused", "order/1;wait=0").send().await.unwrap();
+        assert!([423, 503].contains(&refused.status), "{}", refused.text());
+        in_a_row = if refused.status == 423 { in_a_row + 1 } else { 0 };
+        in_a_row == 12
+    })
+    .await;
+    requests.extend((4..8).map(|owner| world.ask(owner, "/second", "order/1;ttl=60").spawn()));
+    world.until_waiting(5).await;
+    world.upstream.open("/held");
+    assert_served(requests).await;
+    let first = &world.upstream.requests_to("/first")[0];
+    assert!(world.upstream.requests_to("/second").iter().all(|second| second.arrived > first.arrived), "strict order");
+    world.upstream.wait_idle().await;
+    world.upstream.checker().assert_clean();
+    world.assert_empty().await;
 }
 
 #[tokio::test]
