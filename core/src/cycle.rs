@@ -134,3 +134,96 @@ pub fn edges(steps: Vec<Step>) -> Vec<Edge> {
     let edge = |step: Step| Edge { owner: step.owner, waits_for: step.lock, held_by: step.blocker };
     steps.into_iter().map(edge).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use core::convert::Infallible;
+
+    use super::*;
+    use crate::fence::Fence;
+    use crate::id::SessionId;
+    use crate::mode::Mode;
+    use crate::queue::{Entry, State};
+    use crate::time::{Duration, Time};
+    #[cfg(target_arch = "wasm32")]
+    use wasm_bindgen_test::wasm_bindgen_test as test;
+
+    /// Owner `n` holds lock `n` and waits for lock `n + 1`; the last one for the first if the ring is closed.
+    struct Chain {
+        length: usize,
+        closed: bool,
+        reads: usize,
+    }
+
+    impl Chain {
+        fn new(length: usize, closed: bool) -> Self {
+            Chain { length, closed, reads: 0 }
+        }
+
+        fn owner(n: usize) -> OwnerId {
+            OwnerId::new(&n.to_string()).unwrap()
+        }
+
+        fn entry(lease: usize, owner: usize) -> Entry {
+            let state =
+                State::Waiting { since: Time::ZERO, deadline: Time::NEVER, hold: Duration::MAX, upgrade: false };
+            Entry {
+                lease: LeaseId(u128::try_from(lease).unwrap()),
+                owner: Self::owner(owner),
+                mode: Mode::Exclusive,
+                reentrant: true,
+                session: SessionId::NONE,
+                ttl: Duration::MAX,
+                asked_by: String::new(),
+                state,
+            }
+        }
+    }
+
+    impl Reader for Chain {
+        type Error = Infallible;
+
+        fn waits(&mut self, owner: &OwnerId) -> Result<Vec<LockName>, Infallible> {
+            let n: usize = owner.as_str().parse().unwrap();
+            let next = if n + 1 < self.length { Some(n + 1) } else { self.closed.then_some(0) };
+            Ok(next.map(|next| LockName::parse(&next.to_string()).unwrap()).into_iter().collect())
+        }
+
+        fn queue(&mut self, lock: &LockName) -> Result<(Queue, u32), Infallible> {
+            self.reads += 1;
+            let n: usize = lock.as_str().parse().unwrap();
+            let mut queue = Queue::new(lock.clone());
+            queue.enqueue(Self::entry(2 * n, n));
+            queue.settle(1, Time::ZERO, Fence(0), &mut Fence(0));
+            let waiter = if n > 0 { n - 1 } else { self.length - 1 };
+            queue.enqueue(Self::entry(2 * n + 1, waiter));
+            Ok((queue, 1))
+        }
+    }
+
+    #[test]
+    fn a_ring_is_found_and_confirmed_at_the_cost_of_its_length() {
+        for length in [2, 3, 100, MAX_OWNERS - 1] {
+            let mut chain = Chain::new(length, true);
+            let Ok(Search::Cycle(steps)) = search(&mut chain, &Chain::owner(0), None) else { panic!("not found") };
+            assert_eq!((steps.len(), chain.reads), (length, length));
+            assert_eq!(confirm(&mut chain, &steps), Ok(true));
+            let edges = edges(steps);
+            assert!(edges.windows(2).all(|pair| pair[0].held_by == pair[1].owner));
+            assert_eq!(edges.last().unwrap().held_by, edges[0].owner);
+        }
+    }
+
+    #[test]
+    fn a_chain_that_ends_is_no_cycle_and_one_past_the_bound_is_no_answer() {
+        assert_eq!(search(&mut Chain::new(100, false), &Chain::owner(0), None), Ok(Search::Clear));
+        assert_eq!(search(&mut Chain::new(MAX_OWNERS + 2, false), &Chain::owner(0), None), Ok(Search::TooLong));
+    }
+
+    #[test]
+    fn only_the_edges_of_the_asking_lease_count_where_it_is_named() {
+        let by = |lease| search(&mut Chain::new(3, true), &Chain::owner(0), Some(LeaseId(lease)));
+        assert!(matches!(by(3), Ok(Search::Cycle(_))), "the lease that waits for lock 1");
+        assert_eq!(by(99), Ok(Search::Clear));
+    }
+}
