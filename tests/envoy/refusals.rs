@@ -20,7 +20,7 @@ static STAGE: Stage = Stage::new(|| {
     let go_on = json!([{
         "name": "go-on",
         "match": { "path": "/continue" },
-        "locks": [{ "name": "order/continue", "ttl": "200ms", "hold": "300ms" }],
+        "locks": [{ "name": "order/continue", "ttl": "300ms", "hold": "300ms" }],
         "on_lease_lost": "continue",
     }]);
     vec![
@@ -330,7 +330,8 @@ fn a_lease_that_ends_upstream_ends_the_request() {
             owner: Some(1),
             retry: false,
         };
-        let annotation = "lost/1;ttl=0.2;hold=0.3";
+        // The hold limit is over before a heartbeat that comes late could cost the lease.
+        let annotation = "lost/1;ttl=0.3;hold=0.3";
         let http = lane.hold(1, "/lost", annotation).await;
         // Whoever waits gets the lock when the lease ends, and not before it.
         let next = lane.ask(2, "/next").header("lock", "lost/1;wait=15").spawn();
