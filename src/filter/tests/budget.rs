@@ -209,3 +209,46 @@ fn an_idle_vm_costs_little() {
     proxy.end(holder);
     proxy.assert_rest(super::TABLE);
 }
+
+/// In a crowd before one lock everybody looks once a second, and no look costs more because of the others.
+#[test]
+fn waiters_that_nothing_happens_to_cost_little() {
+    let proxy = Proxy::new(2, &plain());
+    proxy.run(secs(1));
+    let holder = proxy.lock(1, "holder", "a/1");
+    let house = 4 * 3 + 2 * 1024;
+    head();
+    for crowd in [10, 40] {
+        while proxy.open().len() <= crowd {
+            proxy.lock(0, &format!("w{}", proxy.open().len()), "a/1;wait=30");
+        }
+        proxy.run(secs(1));
+        let (_, calls) = proxy.calls(0, || proxy.run(secs(1)));
+        row(&format!("a VM that keeps house, with {crowd} waiters"), &calls);
+        let each = (calls.shared() - house) / u32::try_from(crowd).unwrap();
+        assert!(each <= 4, "{each} calls a look: {calls:?}");
+    }
+    proxy.end(holder);
+}
+
+/// A backend that fails for long is asked at the pace of the heartbeat, not in a loop.
+#[test]
+fn a_failing_backend_makes_nobody_hurry() {
+    let proxy = Proxy::new(2, &plain());
+    proxy.run(secs(1));
+    let held = proxy.lock(0, "one", "a/1;ttl=1;hold=60");
+    let parked = proxy.lock(1, "two", "a/1;wait=30");
+    proxy.silence(0, true);
+    proxy.run(secs(2));
+    proxy.silence(0, false);
+    // The heartbeat that finds the silence goes through, and nothing after it.
+    proxy.vm(0).host.fail_shared(2, 1_000_000);
+    let (_, calls) = proxy.calls(0, || proxy.run(secs(1)));
+    assert!(calls.ticks_set <= 8 && calls.shared() <= 40, "{calls:?}");
+    assert!(calls.logs <= 12, "{calls:?}");
+    proxy.vm(0).host.fail_shared(0, 0);
+    proxy.run(secs(1));
+    assert!(proxy.has_ended(held) && proxy.is_upstream(parked));
+    proxy.end(parked);
+    proxy.assert_rest(super::TABLE);
+}

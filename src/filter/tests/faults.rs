@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::proxy::{Call, Proxy};
 use super::{TABLE, millis, plain, secs, two};
+use crate::host::Status;
 use crate::host::fake::Phase;
 
 /// Asserts that of all streams upstream with a fence no two are in the same exclusive section.
@@ -141,6 +142,25 @@ fn a_parked_request_whose_backend_fails_is_answered() {
         assert_eq!(proxy.entries(TABLE, "a/1").len(), 1, "the waiter is gone");
         proxy.end(holder);
         end_all(&proxy);
+        proxy.assert_rest(TABLE);
+    }
+}
+
+/// The host may have forgotten a stream without having said so.
+#[test]
+fn a_stream_that_the_host_does_not_know_gives_its_lock_back() {
+    for call in ["enter", "resume"] {
+        let proxy = two();
+        let holder = proxy.lock(0, "one", "a/1");
+        let gone = proxy.lock(1, "two", "a/1;wait=9");
+        let next = proxy.lock(0, "three", "a/1;wait=9");
+        proxy.vm(1).host.fail_next(call, 1, Status::BadArgument);
+        proxy.end(holder);
+        proxy.deliver();
+        assert!(proxy.is_upstream(next), "{call}");
+        proxy.end(gone);
+        assert_eq!(proxy.entries(TABLE, "a/1").len(), 1, "nothing is given back twice");
+        proxy.end(next);
         proxy.assert_rest(TABLE);
     }
 }

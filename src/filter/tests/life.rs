@@ -257,3 +257,28 @@ fn off_touches_nothing() {
     assert_eq!(ended.stream.request_values("lock").len(), 1, "it is left to a later hop");
     assert_eq!(ended.header("lock-status"), None);
 }
+
+/// An upgrade that goes ahead of plain waiters draws edges that they did not ask for. Who draws an edge answers for it.
+#[test]
+fn a_waiting_upgrade_that_closes_a_cycle_behind_it_is_refused_at_once() {
+    let policy = json!({ "instance": "t", "classes": [{ "name": "h", "hierarchy": true }, { "name": "b" }] });
+    let proxy = Proxy::new(2, &policy);
+    proxy.run(secs(1));
+    let reads = proxy.lock(0, "U", "h/1;mode=intent-shared");
+    let writes = proxy.lock(1, "R", "h/1;mode=intent-exclusive");
+    let outer = proxy.lock(1, "P", "b/1");
+    let waits = proxy.lock(1, "P", "h/1;mode=shared;wait=20");
+    let elsewhere = proxy.lock(0, "U", "b/1;wait=20");
+    assert!(proxy.is_parked(waits) && proxy.is_parked(elsewhere));
+    let upgrade = proxy.lock(0, "U", "h/1;mode=shared-intent-exclusive;wait=20");
+    assert!(proxy.has_ended(upgrade), "U waits for P at b/1, and P now for U at h/1");
+    assert_eq!(proxy.status(upgrade), "t;outcome=refused;reason=deadlock;lock=\"h/1\"");
+    proxy.end(writes);
+    proxy.deliver();
+    proxy.complete(waits);
+    proxy.complete(outer);
+    proxy.deliver();
+    proxy.complete(elsewhere);
+    proxy.complete(reads);
+    proxy.assert_rest(TABLE);
+}

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use interlock_core::{Duration, Time};
+use interlock_core::{Duration, Entry, Time};
 use serde_json::{Value, json};
 
 use super::proxy::{Call, Proxy, active};
@@ -51,10 +51,15 @@ struct Storm {
 
 impl Storm {
     fn new(seed: u64) -> Self {
-        let policy = json!({
+        let mut policy = json!({
             "instance": "t", "classes": [{ "name": "a", "rank": 1, "within": "unordered" }, { "name": "b" }],
             "defaults": { "ttl": "1s" }
         });
+        if seed % 2 == 1 {
+            policy["limits"] = json!({ "locks_per_owner": null });
+        }
+        policy["reentrancy"] = json!(if seed % 5 == 4 { "none" } else { "owner" });
+        policy["on_backend_unavailable"] = json!(if seed % 3 == 2 { "allow" } else { "reject" });
         let proxy = Proxy::new(3, &policy);
         proxy.run(millis(300));
         Storm {
@@ -176,6 +181,11 @@ impl Storm {
         }
         let upstream = self.streams(Phase::Upstream);
         for lock in LOCKS {
+            let entries = self.proxy.entries(TABLE, lock);
+            assert!(
+                entries.is_empty() || entries.iter().any(Entry::is_held),
+                "{lock} is free, and waited for: {entries:?}"
+            );
             let inside: Vec<_> = upstream.iter().filter_map(|call| Some((*call, self.held(*call, lock)?))).collect();
             for (call, (fence, exclusive)) in &inside {
                 for (other, (other_fence, _)) in &inside {
