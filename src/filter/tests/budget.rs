@@ -106,6 +106,11 @@ fn an_unannotated_request_costs_three_headers_at_the_most_and_no_shared_data() {
     let stripped = cost(&stripped, "/other", "a/1");
     assert_eq!((stripped.header_reads, stripped.shared()), (0, 0), "{stripped:?}");
     let most = [("rules", &ruled), ("no rules", &bare), ("no rules, header: strip", &stripped)];
+    // Signed fences of earlier hops are passed on whether locks are asked for or not, so they have to be looked for.
+    let mut keyed = plain();
+    keyed["keys"] = json!([{ "id": "k", "secret": { "env": "INTERLOCK_KEY" } }]);
+    let keyed = cost(&keyed, "/other", "");
+    assert_eq!((keyed.header_reads, keyed.shared(), keyed.clock), (2, 0, 0), "lock, lock-fence: {keyed:?}");
     head();
     for (what, calls) in most {
         row(&format!("unannotated, {what}"), calls);
@@ -229,6 +234,22 @@ fn waiters_that_nothing_happens_to_cost_little() {
         assert!(each <= 4, "{each} calls a look: {calls:?}");
     }
     proxy.end(holder);
+}
+
+/// The heartbeat slows down again once no lease needs it any faster.
+#[test]
+fn one_short_ttl_does_not_hurry_a_vm_for_ever() {
+    let proxy = Proxy::new(2, &plain());
+    proxy.run(secs(1));
+    let long = proxy.lock(1, "one", "a/1;ttl=5;hold=600");
+    let short = proxy.lock(1, "two", "b/1;ttl=0.1");
+    proxy.run(secs(1));
+    proxy.complete(short);
+    proxy.run(secs(1));
+    let (_, calls) = proxy.calls(1, || proxy.run(secs(1)));
+    assert!(calls.ticks_set <= 5, "{calls:?}");
+    proxy.complete(long);
+    proxy.assert_rest(super::TABLE);
 }
 
 /// A backend that fails for long is asked at the pace of the heartbeat, not in a loop.

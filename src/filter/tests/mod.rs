@@ -6,6 +6,7 @@ mod faults;
 mod life;
 mod liveness;
 mod proxy;
+mod queues;
 mod storm;
 
 use interlock_core::Duration;
