@@ -34,7 +34,7 @@ impl Queue {
     }
 
     /// The lock became free at `since`, or a little before.
-    async fn is_served(self, world: &World, since: Instant) {
+    async fn served(self, world: &World, since: Instant) {
         for waiter in self.waiters {
             let answer = waiter.answer().await.unwrap();
             assert_eq!(answer.status, 200, "{}", answer.text());
@@ -52,7 +52,7 @@ async fn ends(world: &World, holder: Ask, path: &str) -> Option<Answer> {
     let queue = Queue::form(world).await;
     world.upstream.open(path);
     let answer = holder.answer().await.ok();
-    queue.is_served(world, Instant::now()).await;
+    queue.served(world, Instant::now()).await;
     answer
 }
 
@@ -92,7 +92,7 @@ async fn clients_leave_while_they_are_parked() {
     world.until_waiting(3).await;
     world.upstream.open("/held");
     assert_eq!(holder.answer().await.unwrap().status, 200);
-    queue.is_served(&world, Instant::now()).await;
+    queue.served(&world, Instant::now()).await;
     assert!(world.upstream.requests_to("/left").is_empty());
     assert_eq!(world.count("interlock_acquire_total", &[("outcome", "cancelled")]).await, 3.0);
     assert_all_given_back(&world).await;
@@ -108,7 +108,7 @@ async fn a_client_leaves_while_it_is_parked_with_some_of_its_locks() {
     world.until_waiting(1).await;
     let queue = Queue::form_behind(&world, 1).await;
     leaving.leave().await;
-    queue.is_served(&world, Instant::now()).await;
+    queue.served(&world, Instant::now()).await;
     assert!(!holder.is_answered());
     world.upstream.open("/held");
     assert_eq!(holder.answer().await.unwrap().status, 200);
@@ -124,7 +124,7 @@ async fn clients_leave_while_they_are_upstream() {
         world.upstream.wait_for_requests("/left", round + 1).await;
         let queue = Queue::form(&world).await;
         holder.leave().await;
-        queue.is_served(&world, Instant::now()).await;
+        queue.served(&world, Instant::now()).await;
         let left = || world.upstream.requests_to("/left")[round].ended.map(|(how, _)| how);
         wait_for("the upstream to notice", DEADLINE, || left() == Some(Ended::Abandoned)).await;
     }
@@ -141,7 +141,7 @@ async fn a_client_leaves_while_the_answer_streams() {
     world.upstream.wait_for_requests("/left", 1).await;
     let queue = Queue::form(&world).await;
     drop(client);
-    queue.is_served(&world, Instant::now()).await;
+    queue.served(&world, Instant::now()).await;
     assert_all_given_back(&world).await;
 }
 
@@ -183,7 +183,7 @@ async fn the_route_has_a_timeout() {
     let answer = holder.answer().await.unwrap();
     let ended = Instant::now();
     assert_eq!((answer.status, answer.text().as_str()), (504, "upstream request timeout"));
-    queue.is_served(&world, ended).await;
+    queue.served(&world, ended).await;
     assert_all_given_back(&world).await;
 }
 
@@ -202,7 +202,7 @@ async fn answered_behind_a_holder(world: &World, path: &str, status: u16) {
     assert_eq!(answer.status, status, "{}", answer.text());
     let lock_status = answer.joined("lock-status");
     assert!(lock_status.starts_with("test;outcome=acquired;wait="), "{lock_status}");
-    queue.is_served(world, Instant::now()).await;
+    queue.served(world, Instant::now()).await;
     world.upstream.close("/held");
 }
 
@@ -331,7 +331,7 @@ async fn a_client_leaves_unnoticed_while_a_big_body_is_parked() {
     assert!(!holder.is_answered());
     world.upstream.open("/held");
     assert_eq!(holder.answer().await.unwrap().status, 200);
-    queue.is_served(&world, Instant::now()).await;
+    queue.served(&world, Instant::now()).await;
     assert!(world.upstream.requests_to("/ghost").is_empty());
     assert_all_given_back(&world).await;
 }
@@ -356,7 +356,7 @@ async fn envoy_gives_up_on_an_idle_stream() {
     world.until_waiting(3).await;
     world.upstream.open("/held");
     assert_eq!(holder.answer().await.unwrap().status, 200);
-    queue.is_served(&world, Instant::now()).await;
+    queue.served(&world, Instant::now()).await;
     assert_eq!(world.count("interlock_acquire_total", &[("outcome", "cancelled")]).await, 1.0);
     assert_all_given_back(&world).await;
 }
@@ -406,7 +406,7 @@ async fn the_listener_is_removed() {
     let removed = world.envoy.replace_listeners(|listeners| listeners.retain(|one| one["name"] != "other"));
     assert_eq!(removed.await.unwrap(), Update::Taken);
     holder.answer().await.unwrap_err();
-    queue.is_served(&world, Instant::now()).await;
+    queue.served(&world, Instant::now()).await;
     parked.answer().await.unwrap_err();
     assert!(world.upstream.requests_to("/parked").is_empty());
 
