@@ -131,6 +131,30 @@ async fn clients_leave_while_they_are_upstream() {
     assert_all_given_back(&world).await;
 }
 
+/// Many streams end in one moment: those that wait for each other's locks, and those that hold them.
+#[tokio::test]
+async fn a_connection_closes_with_many_requests_on_it() {
+    let world = World::start().await;
+    let client = Client::http2();
+    let mut requests = vec![world.ask_by(&client, 1, "/left?hold", LONG).spawn()];
+    world.upstream.wait_for_requests("/left", 1).await;
+    for n in 0..20_u128 {
+        requests.push(world.ask_by(&client, 1000 + n, "/left?hold", &format!("order/of-its-own-{n}")).spawn());
+        requests.push(world.ask_by(&client, 2000 + n, "/parked", LONG).spawn());
+        requests.push(world.ask_by(&client, 3000 + n, "/parked", &format!("order/0{n}, order/of-its-own-{n}")).spawn());
+    }
+    world.upstream.wait_for_requests("/left", 21).await;
+    world.until_waiting(40).await;
+    let queue = Queue::form_behind(&world, 40).await;
+    for request in requests {
+        request.leave().await;
+    }
+    drop(client);
+    queue.served(&world, Instant::now()).await;
+    world.upstream.wait_idle().await;
+    assert_all_given_back(&world).await;
+}
+
 #[tokio::test]
 async fn a_client_leaves_while_the_answer_streams() {
     let world = World::start().await;

@@ -139,6 +139,39 @@ async fn a_grant_to_a_dead_waiter_ends_too() {
 }
 
 #[tokio::test]
+async fn a_vm_that_held_and_awaited_much_leaves_nothing_behind() {
+    let world = start().await;
+    let (doomed, other) = (world.client_on(0).await, world.client_on(1).await);
+    let mut dead = Vec::new();
+    for n in 0..30_u128 {
+        let two = format!("order/{n};ttl=2, order/shared;mode=shared;ttl=2");
+        dead.push(world.ask_by(&doomed, 100 + n, "/held?hold", &two).spawn());
+    }
+    world.upstream.wait_for_requests("/held", 30).await;
+    for n in 0..30_u128 {
+        // Holds one and waits for another.
+        let two = format!("order/0{n};ttl=3, order/{n};ttl=3");
+        dead.push(world.ask_by(&doomed, 200 + n, "/dead", &two).spawn());
+    }
+    world.until_waiting(30).await;
+    let mut waiters = vec![world.ask_by(&other, 1, "/next", "order/shared").spawn()];
+    waiters.extend((0..30_u128).map(|n| world.ask_by(&other, 300 + n, "/next", &format!("order/{n}")).spawn()));
+    world.until_waiting(61).await;
+    crash(&world, &doomed).await;
+    for waiter in waiters {
+        granted(waiter).await;
+    }
+    until_reloaded(&world, &doomed).await;
+    world.upstream.open("/held");
+    for request in dead {
+        request.leave().await;
+    }
+    assert!(world.upstream.requests_to("/dead").is_empty());
+    world.upstream.wait_idle().await;
+    world.assert_empty().await;
+}
+
+#[tokio::test]
 async fn a_surviving_vm_keeps_house_when_all_workers_have_died() {
     let world = start().await;
     let clients = [world.client_on(0).await, world.client_on(1).await];
