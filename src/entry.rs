@@ -135,8 +135,7 @@ impl HttpContext for Stream {
     }
 
     fn on_http_response_headers(&mut self, _: usize, _: bool) -> Action {
-        self.with(|runtime, _| runtime.response_headers(&HOST, self.id));
-        Action::Continue
+        action(self.with(|runtime, _| runtime.response_headers(&HOST, self.id)))
     }
 
     fn on_log(&mut self) {

@@ -126,6 +126,11 @@ impl Telemetry {
         }
     }
 
+    /// A request went on without its lock of that class; `reason` says why.
+    pub fn unlocked(&self, host: &dyn Host, class: &str, reason: &'static str) {
+        self.count(host, Family::Acquire, class, "unlocked", reason);
+    }
+
     /// Whoever waited for a lock of that class has gone after that wait.
     pub fn cancelled(&self, host: &dyn Host, class: &str, waited: Duration) {
         self.count(host, Family::Acquire, class, "cancelled", "");

@@ -84,6 +84,11 @@ impl Request {
         self
     }
 
+    /// The shortest TTL among its locks.
+    pub(crate) fn shortest_ttl(&self) -> Duration {
+        self.wants.iter().map(|want| want.ttl).min().unwrap_or(Duration::MAX)
+    }
+
     /// Whether the lock was asked for by name, and not only implied by one below it.
     pub(crate) fn asks_for(&self, name: &LockName) -> bool {
         self.asked.contains(name)
@@ -121,12 +126,14 @@ pub(crate) struct Claim {
     pub(crate) indexed: bool,
     /// The want for which the index by owner says that it waits.
     pub(crate) published: Option<usize>,
+    /// When cycles through it were last searched.
+    pub(crate) searched: Time,
 }
 
 impl Claim {
     pub(crate) fn new(request: Request) -> Self {
         let grants = Vec::with_capacity(request.wants.len());
-        Claim { request, grants, indexed: false, published: None }
+        Claim { request, grants, indexed: false, published: None, searched: Time::ZERO }
     }
 
     /// The lock to take next: grants are made in the order of the wants.

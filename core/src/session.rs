@@ -51,6 +51,8 @@ pub struct Sessions {
     last: u32,
     members: Vec<Member>,
     house: Option<House>,
+    longest_ttl: Duration,
+    revived: Time,
 }
 
 /// Who keeps house, and whether it serves no requests.
@@ -85,11 +87,28 @@ impl Sessions {
         }
     }
 
+    /// Notes the longest TTL that somebody's rules allow. Members under several rules share the record.
+    pub fn allow_ttl(&mut self, ttl: Duration) {
+        self.longest_ttl = self.longest_ttl.max(ttl);
+    }
+
     /// Drops members whose last lease must have ended: dead for longer than the longest TTL. True if any was.
-    pub fn forget(&mut self, longest_ttl: Duration, now: Time) -> bool {
+    pub fn forget(&mut self, now: Time) -> bool {
         let before = self.members.len();
-        self.members.retain(|member| now < member.beat + DEAD_AFTER.max(longest_ttl));
+        let longest = DEAD_AFTER.max(self.longest_ttl);
+        self.members.retain(|member| now < member.beat + longest);
         self.members.len() < before
+    }
+
+    /// Notes that a member beats again after it was silent for so long that entries of its looked ended, to searches for
+    /// cycles among others.
+    pub fn revive(&mut self, now: Time) {
+        self.revived = self.revived.max(now);
+    }
+
+    /// When a member last came back like that. A search from before may have missed edges.
+    pub fn revived(&self) -> Time {
+        self.revived
     }
 
     /// Decides whether `candidate` keeps house from now on. A keeper stays as long as it beats, unless it is busy with
@@ -140,7 +159,8 @@ mod tests {
     fn identities_are_never_given_twice() {
         let mut sessions = Sessions::default();
         let a = sessions.join(1, at(0));
-        assert!(sessions.forget(Duration::from_secs(1), at(10_000)));
+        sessions.allow_ttl(Duration::from_secs(1));
+        assert!(sessions.forget(at(10_000)));
         let b = sessions.join(1, at(10_000));
         assert_ne!(a, b);
         assert!(!sessions.beat(a, 1, Load::default(), at(10_001)), "a forgotten member must learn of it");

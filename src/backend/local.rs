@@ -140,7 +140,6 @@ pub struct Local {
     beaten: Time,
     /// The last that was tried.
     tried: Time,
-    shortest_ttl: Duration,
     leases: u64,
     swept: u32,
     census: Census,
@@ -164,7 +163,6 @@ impl Local {
             mailbox: None,
             beaten: Time::ZERO,
             tried: Time::ZERO,
-            shortest_ttl: Duration::MAX,
             leases: 0,
             swept: 0,
             census: Census::default(),
@@ -188,7 +186,7 @@ impl Local {
 
     /// How long the VM may go without a heartbeat: a third of the shortest TTL that hangs on it.
     fn beat_every(&self) -> Duration {
-        BEAT.min(self.shortest_ttl / 3)
+        BEAT.min(self.table.shortest_ttl() / 3)
     }
 
     /// When the next heartbeat is due.
@@ -196,9 +194,9 @@ impl Local {
         if self.tried == Time::ZERO { Time::ZERO } else { self.tried + self.beat_every() }
     }
 
-    /// What the VM holds and waits for: nothing hangs on a VM for which both are 0.
-    pub fn is_idle(&self) -> bool {
-        self.table.load() == Default::default()
+    /// Whether a lease of this TTL may have ended by now, because no heartbeat went through for as long.
+    pub fn may_have_lapsed(&self, now: Time, ttl: Duration) -> bool {
+        now.since(self.beaten) >= ttl
     }
 
     /// Beats if it is time to; joins the table with the first beat. True if leases may have ended meanwhile, because the
@@ -220,14 +218,10 @@ impl Local {
             }
         };
         let had_session = self.table.session() != SessionId::NONE;
-        let silent_for = now.since(self.beaten);
+        let lapsed = self.may_have_lapsed(now, self.table.shortest_ttl());
         let joined = with_scene(host, &self.space, rules, |scene| self.table.beat(scene, mailbox.0))?;
-        let doubtful = had_session && (joined.is_some() || silent_for >= self.shortest_ttl);
         self.beaten = now;
-        if self.is_idle() {
-            self.shortest_ttl = Duration::MAX;
-        }
-        Ok(doubtful)
+        Ok(had_session && (joined.is_some() || lapsed))
     }
 
     /// An identity for a new lease: sessions are never given twice, and neither is a number within one.
@@ -244,8 +238,6 @@ impl Local {
 
     /// See [`Table::acquire`].
     pub fn acquire(&mut self, host: &dyn Host, rules: &Rules, request: Request) -> Outcome {
-        let shortest = request.wants().iter().map(|want| want.ttl).min().unwrap_or(Duration::MAX);
-        self.shortest_ttl = self.shortest_ttl.min(shortest);
         with_scene(host, &self.space, rules, |scene| self.table.acquire(scene, request))
     }
 

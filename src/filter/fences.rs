@@ -2,10 +2,10 @@
 //!
 //! A fence from outside counts only if it is signed with one of the policy's keys, for this very owner.
 
-use interlock_core::{Lease, LeaseId, OwnerId, Rules, StoreError};
+use interlock_core::{Grant, Lease, LeaseId, OwnerId, Rules, StoreError};
 
+use super::intake;
 use super::stream::Case;
-use crate::annotation::owner;
 use crate::answer::headers::{self, FenceMember};
 use crate::backend::local::Local;
 use crate::host::{Headers, Host};
@@ -21,8 +21,7 @@ pub fn verified(host: &dyn Host, policy: &Policy) -> Vec<Carried> {
         return Vec::new();
     }
     let Ok(Some(inbound)) = host.header_list(Headers::Request, "lock-fence") else { return Vec::new() };
-    let header = |name: &str| host.header_list(Headers::Request, name).ok().flatten();
-    let Some(owner) = owner::find(&policy.owner_from, header) else { return Vec::new() };
+    let Some(owner) = intake::owner(host, policy) else { return Vec::new() };
     let now = host.unix_micros() / 1000;
     let mut members = headers::parse_lock_fence([inbound.as_slice()]).unwrap_or_default();
     members.retain(|member| {
@@ -36,17 +35,17 @@ pub fn verified(host: &dyn Host, policy: &Policy) -> Vec<Carried> {
 pub fn of(host: &dyn Host, case: &Case, lease: &Lease) -> Vec<FenceMember> {
     let keys = &case.active.policy.keys;
     let asked = lease.grants().iter().filter(|grant| grant.asked);
-    let member = |grant: &interlock_core::Grant| {
+    let sign = |grant: &Grant| {
         // A fence is good for as long as its grant can be renewed.
         let left = grant.until.since(host.now());
         let expiry = u64::try_from(left.as_millis()).unwrap_or(u64::MAX).saturating_add(host.unix_micros() / 1000);
-        let owner = case.owner.as_ref();
-        FenceMember {
-            name: grant.name.clone(),
-            fence: grant.fence,
-            mode: grant.mode,
-            sig: owner.and_then(|owner| keys.sign(&grant.name, grant.fence, owner, expiry)),
-        }
+        keys.sign(&grant.name, grant.fence, case.owner.as_ref()?, expiry)
+    };
+    let member = |grant: &Grant| FenceMember {
+        name: grant.name.clone(),
+        fence: grant.fence,
+        mode: grant.mode,
+        sig: if keys.is_empty() { None } else { sign(grant) },
     };
     asked.map(member).collect()
 }

@@ -116,13 +116,23 @@ pub fn read(host: &dyn Host, policy: &Policy) -> Intake {
             Err(error) => return malformed(terms, format!("{place}: {error}")),
         }
     }
-    let Some(owner) = owner::find(&policy.owner_from, header) else {
+    let Some(owner) = owner(host, policy) else {
         return Intake::Reject(terms, Reject::OwnerMissing { sources: policy.owner_from.clone() });
     };
     match wants(policy, wanted, deadline(terms.grpc, header), &owner, principal) {
         Ok(wants) => Intake::Locks(Asked { terms, owner, wants }),
         Err(reject) => Intake::Reject(terms, *reject),
     }
+}
+
+/// Whose the effective stream's request is.
+pub fn owner(host: &dyn Host, policy: &Policy) -> Option<OwnerId> {
+    // Baggage is a list and may come in several fields; of the others a second field would be somebody's mistake.
+    let read = |name: &str| match name {
+        "baggage" => host.header_list(Headers::Request, name),
+        _ => host.header(Headers::Request, name),
+    };
+    owner::find(&policy.owner_from, |name| read(name).ok().flatten())
 }
 
 fn is_grpc(content_type: &[u8]) -> bool {

@@ -151,11 +151,13 @@ impl Runtime {
 
     /// The request headers of the effective stream.
     pub fn request_headers(&mut self, host: &dyn Host, id: ContextId, active: &Rc<Active>) -> Flow {
-        if active.off {
-            return Flow::Continue;
-        }
         self.served = true;
         let policy = &active.policy;
+        if active.off {
+            // The kill switch decides nothing. That nobody can forge what is the filter's to set holds all the same.
+            clean(host, policy);
+            return Flow::Continue;
+        }
         let intake = intake::read(host, policy);
         let carried = fences::verified(host, policy);
         clean(host, policy);
@@ -210,11 +212,21 @@ impl Runtime {
         }
     }
 
-    /// The response headers of the effective stream; the filter's own answers come by here too.
-    pub fn response_headers(&mut self, host: &dyn Host, id: ContextId) {
-        let Some(stream) = self.streams.get_mut(&id) else { return };
-        stream.case.responding = true;
-        respond::annotate(host, stream);
+    /// The response headers of the effective stream; the filter's own answers come by here too. An answer that was made
+    /// while the lock was no longer held does not pass as if it had been.
+    pub fn response_headers(&mut self, host: &dyn Host, id: ContextId) -> Flow {
+        if let Some((lock, loss)) = self.lapsed(host, id)
+            && let Some(Stream { case, state: State::Holding(held), .. }) = self.take(id)
+        {
+            self.lose(host, id, case, held, &lock, loss);
+            if self.streams.get(&id).is_none_or(|stream| matches!(stream.state, State::Over(Ended::Answered))) {
+                return Flow::Stop;
+            }
+        }
+        if let Some(stream) = self.streams.get(&id) {
+            respond::annotate(host, stream);
+        }
+        Flow::Continue
     }
 
     /// The stream has ended, in whatever way: gives back what it has.
@@ -398,24 +410,18 @@ impl Runtime {
 
 /// A request that asked for something, as it came in.
 fn case(host: &dyn Host, active: &Rc<Active>, terms: Terms, owner: Option<OwnerId>, carried: Vec<Carried>) -> Case {
-    Case {
-        active: Rc::clone(active),
-        terms,
-        owner,
-        arrived: host.now(),
-        carried,
-        responding: false,
-        route: String::new(),
-    }
+    Case { active: Rc::clone(active), terms, owner, arrived: host.now(), carried, route: String::new() }
 }
 
 /// A request that does not get its locks: whether it is answered, or goes on all the same.
 fn reject_or_pass(host: &dyn Host, case: &Case, reject: Reject, waited: Duration) -> (State, Fate) {
-    report::refused(host, case, &reject, waited);
     let failed = matches!(&reject, Reject::Core(Refusal { cause: Cause::Backend { .. }, .. }));
     if failed && case.terms.on_backend_unavailable == OnUnavailable::Allow {
-        (State::Over(Ended::Unlocked), Fate::Forward)
-    } else if case.is_enforced() {
+        report::unlocked(host, case, &reject, waited);
+        return (State::Over(Ended::Unlocked), Fate::Forward);
+    }
+    report::refused(host, case, &reject, waited);
+    if case.is_enforced() {
         let answer = Answer::refusal(case, &reject, waited);
         (State::Over(Ended::Answered), Fate::Answer(answer))
     } else {

@@ -23,40 +23,60 @@ pub fn acquired(host: &dyn Host, case: &Case, lease: &Lease, waited: Duration) {
 
 /// A request was refused, or would have been under audit.
 pub fn refused(host: &dyn Host, case: &Case, reject: &Reject, waited: Duration) {
-    let telemetry = &case.active.telemetry;
-    let (slug, lock) = (reject.slug(), reject.lock());
-    let class = lock.map_or("", LockName::class);
+    let class = reject.lock().map_or("", LockName::class);
+    failed(host, case, reject);
+    if case.is_enforced() {
+        case.active.telemetry.refused(host, class, reject.slug(), waited);
+        log(host, case, Incident::Refused, reject, waited);
+    } else {
+        case.active.telemetry.audit(host, class, "refused", reject.slug());
+        log(host, case, Incident::WouldRefuse, reject, waited);
+    }
+}
+
+/// The backend failed, and the rule let the request go on without its locks.
+pub fn unlocked(host: &dyn Host, case: &Case, reject: &Reject, waited: Duration) {
+    let class = reject.lock().map_or("", LockName::class);
+    failed(host, case, reject);
+    if case.is_enforced() {
+        case.active.telemetry.unlocked(host, class, reject.slug());
+    } else {
+        case.active.telemetry.audit(host, class, "unlocked", reject.slug());
+    }
+    log(host, case, Incident::Unlocked, reject, waited);
+}
+
+/// Counts a failure of the backend, if that is what it was.
+fn failed(host: &dyn Host, case: &Case, reject: &Reject) {
     if let Reject::Core(refusal) = reject
         && let Cause::Backend { .. } = refusal.cause
     {
-        telemetry.backend_error(host, "store");
+        case.active.telemetry.backend_error(host, "store");
     }
-    if case.is_enforced() {
-        telemetry.refused(host, class, slug, waited);
-    } else {
-        telemetry.audit(host, class, "refused", slug);
-    }
-    if !telemetry::enabled(host, Incident::Refused) {
+}
+
+/// Writes the line about a request that did not get its locks.
+fn log(host: &dyn Host, case: &Case, event: Incident, reject: &Reject, waited: Duration) {
+    if !telemetry::enabled(host, event) {
         return;
     }
     let detail = reject.detail();
-    let (mode, holders, cycle) = match reject {
-        Reject::Core(refusal) => match &refusal.cause {
-            Cause::Held { holders, .. } | Cause::WaitTimeout { holders, .. } => {
-                (Some(refusal.mode), holders.as_slice(), &[][..])
-            }
-            Cause::Deadlock { cycle } => (Some(refusal.mode), &[][..], cycle.as_slice()),
-            _ => (Some(refusal.mode), &[][..], &[][..]),
-        },
-        _ => (None, &[][..], &[][..]),
+    let refusal = match reject {
+        Reject::Core(refusal) => Some(refusal),
+        _ => None,
+    };
+    let (holders, cycle) = match refusal.map(|refusal| &refusal.cause) {
+        Some(Cause::Held { holders, .. } | Cause::WaitTimeout { holders, .. }) => (holders.as_slice(), &[][..]),
+        Some(Cause::Deadlock { cycle }) => (&[][..], cycle.as_slice()),
+        _ => (&[][..], &[][..]),
     };
     let record = Record {
-        event: if case.is_enforced() { Incident::Refused } else { Incident::WouldRefuse },
+        event,
         instance: &case.active.policy.instance,
         owner: case.owner.as_ref().map(|owner| owner.as_str()),
-        lock: lock.map(LockName::as_str),
-        mode: mode.map(|mode| mode.as_str()),
-        reason: slug,
+        lock: reject.lock().map(LockName::as_str),
+        mode: refusal.map(|refusal| refusal.mode.as_str()),
+        reason: reject.slug(),
         detail: &detail,
         holders,
         cycle,

@@ -62,8 +62,6 @@ pub struct Case {
     pub arrived: Time,
     /// Inbound fences that are passed on to the upstream with its own.
     pub carried: Vec<Carried>,
-    /// Whether the response has begun.
-    pub responding: bool,
     /// The route that it took, as far as anybody needed to know.
     pub route: String,
 }

@@ -114,8 +114,31 @@ impl Runtime {
         }
     }
 
-    /// A lease has ended while its request was upstream.
-    fn lose(&mut self, host: &dyn Host, id: ContextId, mut case: Case, held: Held, lock: &LockName, loss: Loss) {
+    /// The lock that a stream lost without anybody having noticed. Asks the table only where this VM was silent for so
+    /// long that it may have.
+    pub(super) fn lapsed(&mut self, host: &dyn Host, id: ContextId) -> Option<(LockName, Loss)> {
+        let Stream { case, state: State::Holding(held), .. } = self.streams.get(&id)? else { return None };
+        let local = match case.purpose() {
+            Purpose::Enforce => Some(&mut self.enforce),
+            Purpose::Audit => self.audit.as_mut(),
+        }?;
+        if !local.may_have_lapsed(host.now(), held.lease.ttl()) {
+            return None;
+        }
+        // What cannot be read now is looked at again by the next tick, and at the end of the stream.
+        local.check(host, &case.active.rules, &held.lease).ok().flatten()
+    }
+
+    /// A lease has ended while its request was upstream. From a callback of a root, or of the stream itself.
+    pub(super) fn lose(
+        &mut self,
+        host: &dyn Host,
+        id: ContextId,
+        mut case: Case,
+        held: Held,
+        lock: &LockName,
+        loss: Loss,
+    ) {
         let purpose = case.purpose();
         let mode =
             held.lease.grants().iter().find(|grant| grant.name == *lock).map_or(Mode::Exclusive, |grant| grant.mode);

@@ -187,7 +187,7 @@ impl Policy {
     }
 
     /// Fills in what was left unsaid, and brings what was said within the limits: a wait is at most `max_wait`, a TTL lies
-    /// between [`MIN_TTL`] and `max_ttl`, a hold limit between the TTL and [`LONGEST`].
+    /// between [`MIN_TTL`] and `max_ttl`, a hold limit between [`MIN_TTL`] and [`LONGEST`].
     pub fn ask(&self, wanted: Wanted) -> Want {
         let ttl = wanted.ttl.unwrap_or(self.defaults.ttl).min(self.limits.max_ttl).max(MIN_TTL);
         Want {
@@ -195,7 +195,7 @@ impl Policy {
             mode: wanted.mode.unwrap_or(self.defaults.mode),
             wait: wanted.wait.unwrap_or(self.defaults.wait).min(self.limits.max_wait),
             ttl,
-            hold: wanted.hold.unwrap_or(self.defaults.hold).min(LONGEST).max(ttl),
+            hold: wanted.hold.unwrap_or(self.defaults.hold).clamp(MIN_TTL, LONGEST),
         }
     }
 

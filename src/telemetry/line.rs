@@ -18,6 +18,8 @@ pub enum Incident {
     Refused,
     /// A request under audit would not have got its locks.
     WouldRefuse,
+    /// A request went on without its locks, because the backend failed.
+    Unlocked,
     /// A lease ended while its request was upstream.
     LeaseLost,
     /// A lease was not renewed, and ended.
@@ -25,11 +27,11 @@ pub enum Incident {
 }
 
 impl Incident {
-    /// A refusal is the lock manager at work; the other two need someone to look.
+    /// A refusal is the lock manager at work; the others need someone to look.
     const fn level(self) -> Level {
         match self {
             Incident::Refused | Incident::WouldRefuse => Level::Info,
-            Incident::LeaseLost | Incident::LeaseExpired => Level::Warn,
+            Incident::Unlocked | Incident::LeaseLost | Incident::LeaseExpired => Level::Warn,
         }
     }
 }

@@ -162,6 +162,8 @@ pub struct Table {
     sessions: Sessions,
     fresh: bool,
     load: Load,
+    /// How many requests under way have which TTL.
+    ttls: BTreeMap<Duration, u32>,
     effects: Effects,
     debts: Vec<Debt>,
 }
@@ -180,6 +182,7 @@ impl Table {
             sessions: Sessions::default(),
             fresh: false,
             load: Load::default(),
+            ttls: BTreeMap::new(),
             effects: Effects::default(),
             debts: Vec::new(),
         }
@@ -200,6 +203,11 @@ impl Table {
         self.load
     }
 
+    /// The shortest TTL that the worker's heartbeat has to keep alive; [`Duration::MAX`] where it has nothing to.
+    pub fn shortest_ttl(&self) -> Duration {
+        self.ttls.keys().next().copied().unwrap_or(Duration::MAX)
+    }
+
     /// What is to be done and counted since this was last called.
     pub fn take_effects(&mut self) -> Effects {
         core::mem::take(&mut self.effects)
@@ -209,6 +217,7 @@ impl Table {
     pub fn acquire<S: Store>(&mut self, scene: &Scene<'_, S>, request: Request) -> Outcome {
         self.fresh = false;
         let mut claim = Claim::new(request);
+        *self.ttls.entry(claim.request.shortest_ttl()).or_default() += 1;
         let others = self.sessions.load_of_others(self.me, scene.now);
         let locks = u64::from(self.load.locks) + u64::from(others.locks);
         let wanted = u64::try_from(claim.request.wants.len()).unwrap_or(u64::MAX);
@@ -300,10 +309,15 @@ impl Table {
                     {
                         return self.refuse(scene, claim, error.into());
                     }
-                    // An upgrade stands before plain waiters, who may be waited for by another request of its owner.
-                    let by = if before_waiters { None } else { Some(claim.request.lease) };
-                    if let Err(cause) = self.check_cycle(scene, &owner, by) {
-                        return self.refuse(scene, claim, cause);
+                    // Whoever draws an edge searches. What stood here has searched when it came; again only where that
+                    // search may have taken somebody for dead who was not.
+                    if anew || claim.searched <= self.sessions.revived() {
+                        claim.searched = scene.now;
+                        // An upgrade stands before plain waiters, who may be waited for by another request of its owner.
+                        let by = if before_waiters { None } else { Some(claim.request.lease) };
+                        if let Err(cause) = self.check_cycle(scene, &owner, by) {
+                            return self.refuse(scene, claim, cause);
+                        }
                     }
                     self.load.waiters += 1;
                     let poll_at = poll_at.min(deadline).min(self.renew_at(scene, &claim));
@@ -434,6 +448,9 @@ impl Table {
     /// grants had ended before.
     fn undo<S: Store>(&mut self, scene: &Scene<'_, S>, claim: &Claim) -> Vec<LockName> {
         let lease = claim.request.lease;
+        let ttl = claim.request.shortest_ttl();
+        self.ttls.entry(ttl).and_modify(|requests| *requests = requests.saturating_sub(1));
+        self.ttls.retain(|_, requests| *requests > 0);
         if claim.is_published()
             && let Some(want) = claim.next()
         {

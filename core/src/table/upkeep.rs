@@ -8,7 +8,7 @@ use crate::name::LockName;
 use crate::queue::{Entry, Queue, State};
 use crate::refusal::Loss;
 use crate::request::{Claim, Lease};
-use crate::session::Sessions;
+use crate::session::{DEAD_AFTER, Sessions};
 use crate::store::{self, LockBucket, OwnerBucket, Save, Store, StoreError};
 use crate::time::{Duration, Time};
 
@@ -19,8 +19,12 @@ impl Table {
     /// # Errors
     /// Those of the store.
     pub fn beat<S: Store>(&mut self, scene: &Scene<'_, S>, mailbox: u32) -> Result<Option<SessionId>, StoreError> {
-        let (me, load) = (self.me, self.load);
+        let (me, load, patience) = (self.me, self.load, DEAD_AFTER.min(self.shortest_ttl()));
         let (sessions, joined) = store::update(scene.store, 0, |sessions: &mut Sessions| {
+            sessions.allow_ttl(scene.rules.limits.longest_ttl);
+            if sessions.member(me).is_some_and(|member| member.beat + patience <= scene.now) {
+                sessions.revive(scene.now);
+            }
             let known = me != SessionId::NONE && sessions.beat(me, mailbox, load, scene.now);
             let joined = if known { None } else { Some(sessions.join(mailbox, scene.now)) };
             Ok(((sessions.clone(), joined), Save::Yes))
@@ -38,12 +42,12 @@ impl Table {
         if self.me == SessionId::NONE {
             return Ok(false);
         }
-        let (me, longest) = (self.me, scene.rules.limits.longest_ttl);
+        let me = self.me;
         store::update(scene.store, 0, |sessions: &mut Sessions| {
             let before = sessions.clone();
             let keeps = sessions.keep_house(me, idle, scene.now);
             if keeps {
-                sessions.forget(longest, scene.now);
+                sessions.forget(scene.now);
             }
             Ok((keeps, Save::from(*sessions != before)))
         })

@@ -246,16 +246,15 @@ fn a_stream_under_audit_may_end_while_it_would_wait() {
 }
 
 #[test]
-fn off_touches_nothing() {
+fn off_decides_nothing_and_asks_nothing() {
     let mut policy = plain();
     policy["enforcement"] = json!("off");
     let proxy = Proxy::new(1, &policy);
     let (call, calls) = proxy.calls(0, || proxy.lock(0, "one", "a/1;mode=nonsense"));
     assert!(proxy.is_upstream(call));
-    assert_eq!(calls, crate::host::fake::Calls::default());
-    let ended = proxy.complete(call);
-    assert_eq!(ended.stream.request_values("lock").len(), 1, "it is left to a later hop");
-    assert_eq!(ended.header("lock-status"), None);
+    assert_eq!((calls.header_reads, calls.property_reads, calls.shared(), calls.clock), (0, 0, 0, 0), "{calls:?}");
+    assert_eq!(proxy.complete(call).header("lock-status"), None);
+    proxy.assert_rest(TABLE);
 }
 
 /// An upgrade that goes ahead of plain waiters draws edges that they did not ask for. Who draws an edge answers for it.

@@ -206,7 +206,13 @@ impl Vm {
         let fields: Vec<_> =
             headers.iter().map(|(name, value)| ((*name).to_owned(), value.as_bytes().to_vec())).collect();
         self.host.respond(id, &fields);
-        self.within(id, Phase::Response, |runtime| runtime.response_headers(&self.host, id));
+        let _ = self.within(id, Phase::Response, |runtime| runtime.response_headers(&self.host, id));
+        if let [reply] = &self.host.stream(id).replies[..] {
+            // An answer in the place of the upstream's, which nobody has seen yet, goes out as it is.
+            self.open.borrow_mut().get_mut(&id).unwrap().forwarded = true;
+            self.host.respond(id, &reply.headers);
+            self.finish(id, false);
+        }
         self.settle();
     }
 
@@ -254,7 +260,7 @@ impl Vm {
             }
             if !begun {
                 self.host.respond(id, &stream.replies[0].headers);
-                self.within(id, Phase::Response, |runtime| runtime.response_headers(&self.host, id));
+                let _ = self.within(id, Phase::Response, |runtime| runtime.response_headers(&self.host, id));
             }
             self.finish(id, begun);
         }

@@ -1,7 +1,9 @@
 //! Everything at once, from a seed: requests, ends, crashes, stuck VMs, lost messages, failing calls, new configurations.
 //! Checks after every step what must always hold, and at the end that nothing is left.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
 
 use interlock_core::{Duration, Entry, Time};
 use serde_json::{Value, json};
@@ -37,11 +39,13 @@ struct Asked {
 }
 
 struct Storm {
-    proxy: Proxy,
+    proxy: Rc<Proxy>,
     policy: Value,
     dice: Dice,
     asked: BTreeMap<Call, Asked>,
     alive: Vec<usize>,
+    /// What was asked for in the middle of something else.
+    between: Rc<RefCell<Vec<(Call, Asked)>>>,
     /// Stuck VMs, and those that have not ticked since.
     doubtful: Vec<usize>,
     /// The highest fence of each lock that an upstream has seen a writer with, and whose it was.
@@ -63,11 +67,12 @@ impl Storm {
         let proxy = Proxy::new(3, &policy);
         proxy.run(millis(300));
         Storm {
-            proxy,
+            proxy: Rc::new(proxy),
             policy,
             dice: Dice(seed),
             asked: BTreeMap::new(),
             alive: vec![0, 1, 2],
+            between: Rc::default(),
             doubtful: Vec::new(),
             fences: BTreeMap::new(),
             forwarded: BTreeSet::new(),
@@ -96,6 +101,25 @@ impl Storm {
         self.asked.insert(call, Asked { owner, deadline });
     }
 
+    /// In the middle of what one VM does next, another asks for a lock.
+    fn interrupt(&mut self) {
+        let awake = self.awake();
+        let (Some(vm), Some(other)) = (self.dice.pick(&awake), self.dice.pick(&awake)) else { return };
+        if vm == other {
+            return;
+        }
+        let (owner, lock) = (format!("i{}", self.dice.roll(3)), self.dice.pick(&LOCKS).unwrap());
+        let (proxy, between) = (Rc::clone(&self.proxy), Rc::clone(&self.between));
+        let calls = u32::try_from(self.dice.roll(14)).unwrap();
+        self.proxy.vm(vm).host.meanwhile(calls, move || {
+            let deadline = proxy.now() + millis(1000);
+            let call = proxy.lock(other, &owner, &format!("{lock};wait=1;ttl=1"));
+            between.borrow_mut().push((call, Asked { owner, deadline }));
+        });
+        self.ask();
+        self.proxy.vm(vm).host.forget_meanwhile();
+    }
+
     fn streams(&self, phase: Phase) -> Vec<Call> {
         let awake = self.awake();
         let open = self.proxy.open().into_iter().filter(|call| awake.contains(&call.vm));
@@ -108,7 +132,7 @@ impl Storm {
     }
 
     fn step(&mut self) {
-        match self.dice.roll(40) {
+        match self.dice.roll(45) {
             0..=13 => self.ask(),
             14..=20 => {
                 if let Some(call) = self.dice.pick(&self.streams(Phase::Upstream)) {
@@ -136,6 +160,7 @@ impl Storm {
             }
             37 => self.stall(),
             38 => self.crash_or_configure(),
+            39..=43 => self.interrupt(),
             _ => {
                 let micros = i64::try_from(self.dice.roll(20_000_000)).unwrap() - 10_000_000;
                 self.proxy.fake.step_wall_clock(micros);
@@ -173,6 +198,7 @@ impl Storm {
 
     /// What must always hold.
     fn check(&mut self) {
+        self.asked.extend(self.between.borrow_mut().drain(..));
         self.proxy.deliver();
         let now = self.proxy.now();
         for call in self.streams(Phase::Request) {
