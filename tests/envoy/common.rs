@@ -31,29 +31,6 @@ pub fn run(test: impl Future<Output = ()>) {
     RUNTIME.block_on(test);
 }
 
-/// An Envoy with two workers and this policy, in front of an upstream that does as it is told.
-pub async fn start(policy: Value) -> (Envoy, Upstream) {
-    let upstream = Upstream::start().await.expect("an upstream");
-    let config = EnvoyConfig::local().policy(policy).upstream(upstream.address());
-    (Envoy::start(config).await.expect("an Envoy"), upstream)
-}
-
-/// Waits until a whole Envoy is at rest: nobody holds or waits, and a sweep of the whole table that began after that found
-/// no lock and no owner in it. Besides, no VM has died.
-///
-/// Only for an Envoy with one instance: sweeps of several count together.
-///
-/// # Panics
-/// When it is not at rest in time.
-pub async fn quiet(envoy: &Envoy) {
-    at_rest(envoy, &[]).await;
-    // The sweep that goes on may have begun before; the one after it cannot.
-    let swept = envoy.metric("interlock_sweep_total", &[]).await.expect("the admin endpoint");
-    envoy.wait_metric("interlock_sweep_total", &[], |now| now >= swept + 2.0, DEADLINE).await;
-    at_rest(envoy, &[]).await;
-    assert_eq!(reloads(envoy).await, BTreeMap::new(), "VMs died");
-}
-
 /// The gauges of the table that must all be 0 in the end.
 const GAUGES: [&str; 4] = ["interlock_held", "interlock_waiting", "interlock_table_locks", "interlock_table_owners"];
 

@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::string_slice)]
 
 mod common;
+mod problem;
 mod world;
 
 mod audit;
@@ -14,8 +15,8 @@ mod ends;
 mod faults;
 mod grants;
 mod hostile;
-mod matching;
 mod leases;
+mod matching;
 mod reentry;
 mod refusals;
 mod reload;

@@ -4,10 +4,11 @@
 use std::time::Duration;
 
 use interlock_testkit::client::Ask;
-use interlock_testkit::{Answer, Client, Ended, EnvoyConfig, Route};
-use serde_json::{Value, json};
+use interlock_testkit::{Client, Ended, EnvoyConfig, Route};
+use serde_json::json;
 
-use crate::common::{Lane, Plan, Stage, owner, run, waited_ms};
+use crate::common::{Plan, Stage, owner, run, waited_ms};
+use crate::problem::Refusal;
 
 static STAGE: Stage = Stage::new(|| {
     let ranked = json!([{ "name": "account", "rank": 10 }, { "name": "order", "rank": 20 }]);
@@ -35,6 +36,7 @@ static STAGE: Stage = Stage::new(|| {
         ("held", Plan::new(json!({}))),
         ("timeout", Plan::new(json!({ "defaults": { "wait": "200ms" } }))),
         ("waiters", Plan::new(json!({ "limits": { "waiters_per_lock": 1 } }))),
+        ("table", Plan::new(json!({ "limits": { "locks": 2, "waiters": 1 } }))),
         ("locks", Plan::new(json!({ "limits": { "locks_per_request": 2, "locks_per_owner": 3 } }))),
         (
             "no-park",
@@ -46,106 +48,6 @@ static STAGE: Stage = Stage::new(|| {
 
 fn malformed_route(config: EnvoyConfig) -> EnvoyConfig {
     config.route(Route::path("/bad-route").metadata(json!({ "locks": "order/1;mode=both" })))
-}
-
-/// What a refusal has to say.
-struct Refusal<'a> {
-    http: u16,
-    grpc: i32,
-    slug: &'a str,
-    lock: Option<&'a str>,
-    mode: Option<&'a str>,
-    owner: Option<u128>,
-    /// Whether asking again can help.
-    retry: bool,
-}
-
-/// The refusal of one request, over HTTP and over gRPC, checked in all that does not depend on the situation.
-struct Refused {
-    http: Answer,
-    problem: Value,
-    /// The decoded `grpc-message`.
-    message: String,
-}
-
-impl Refusal<'_> {
-    /// Sends a request both ways, with what `ask` adds to it, and checks what comes back. Neither may reach the upstream.
-    async fn meets(&self, lane: &Lane, name: &str, by: u128, path: &str, ask: impl Fn(Ask) -> Ask) -> Refused {
-        let http = ask(lane.ask(by, path)).send().await.unwrap();
-        let grpc = ask(lane.grpc(by, path)).send().await.unwrap();
-        let bare = path.split('?').next().unwrap();
-        assert!(lane.upstream().requests_to(bare).is_empty(), "a refused request reached the upstream");
-        let refused = Refused { problem: self.check_http(name, &http), message: self.check_grpc(name, &grpc), http };
-        assert_eq!(untimed(&refused.message), untimed(refused.problem["detail"].as_str().unwrap()));
-        refused
-    }
-
-    fn check_http(&self, name: &str, answer: &Answer) -> Value {
-        assert_eq!(answer.status, self.http, "{}", answer.text());
-        assert_eq!(answer.header("content-type").as_deref(), Some("application/problem+json"));
-        let problem = answer.json();
-        let of = |text: Option<&str>| text.map_or(Value::Null, Value::from);
-        assert_eq!(problem["type"], format!("urn:interlock:problem:{}", self.slug));
-        assert_eq!(problem["status"], self.http);
-        assert_eq!(problem["lock"], of(self.lock), "{problem}");
-        assert_eq!(problem["mode"], of(self.mode), "{problem}");
-        assert_eq!(problem["owner"], of(self.owner.map(owner).as_deref()), "{problem}");
-        assert!(problem["title"].as_str().is_some_and(|title| !title.is_empty()), "{problem}");
-        assert_eq!(problem.get("cycle").is_some(), self.slug == "deadlock", "{problem}");
-        let retry_ms = problem.get("retry_after_ms").map(|ms| ms.as_u64().unwrap());
-        assert_eq!(retry_ms.is_some(), self.retry, "{problem}");
-        assert!(retry_ms != Some(0), "{problem}");
-        self.check_headers(name, answer, retry_ms);
-        problem
-    }
-
-    fn check_grpc(&self, name: &str, answer: &Answer) -> String {
-        assert_eq!(answer.status, 200);
-        assert_eq!(answer.header("content-type").as_deref(), Some("application/grpc"));
-        assert_eq!(answer.grpc_status(), Some(self.grpc));
-        assert!(answer.body.is_empty(), "{}", answer.text());
-        self.check_headers(name, answer, None);
-        decode(&answer.grpc_message().unwrap())
-    }
-
-    fn check_headers(&self, name: &str, answer: &Answer, retry_ms: Option<u64>) {
-        let lock = self.lock.map(|lock| format!(";lock=\"{lock}\"")).unwrap_or_default();
-        let status = format!("{name};outcome=refused;reason={}{lock}", self.slug);
-        assert_eq!(answer.joined("lock-status"), status);
-        assert_eq!(answer.header("lock-fence"), None);
-        let seconds = answer.header("retry-after").map(|seconds| seconds.parse::<u64>().unwrap());
-        assert_eq!(seconds.is_some(), matches!(self.http, 423 | 429 | 503), "retry-after: {seconds:?}");
-        assert!(seconds != Some(0));
-        if let Some(ms) = retry_ms {
-            assert_eq!(seconds, Some(ms.div_ceil(1000)));
-        }
-    }
-}
-
-/// A detail without the time that it names.
-fn untimed(detail: &str) -> String {
-    match detail.strip_prefix("waited ").and_then(|rest| rest.split_once(" s for ")) {
-        Some((time, rest)) => {
-            time.parse::<f64>().unwrap_or_else(|e| panic!("{detail}: {e}"));
-            format!("waited for {rest}")
-        }
-        None => detail.to_owned(),
-    }
-}
-
-/// Undoes percent-encoding.
-fn decode(text: &str) -> String {
-    let mut pieces = text.split('%');
-    let mut decoded = pieces.next().unwrap().as_bytes().to_vec();
-    for piece in pieces {
-        decoded.push(u8::from_str_radix(&piece[..2], 16).unwrap_or_else(|e| panic!("{text}: {e}")));
-        decoded.extend_from_slice(piece[2..].as_bytes());
-    }
-    String::from_utf8(decoded).unwrap()
-}
-
-fn detail(refused: &Refused) -> &str {
-    refused.problem["detail"].as_str().unwrap()
 }
 
 #[test]
@@ -171,12 +73,12 @@ fn malformed_annotations() {
             ("\"order/100%\"", "% at byte 9 needs two hexadecimal digits behind it"),
         ] {
             let refused = malformed.meets(&lane, "malformed", 1, "/refused", |ask| ask.header("lock", header)).await;
-            assert!(detail(&refused).contains(says), "{header}: {}", detail(&refused));
+            assert!(refused.detail().contains(says), "{header}: {}", refused.detail());
         }
         let refused = malformed.meets(&lane, "malformed", 1, "/bad-route", |ask| ask).await;
-        assert!(detail(&refused).contains("route metadata: member 1: mode \"both\""), "{}", detail(&refused));
+        assert!(refused.detail().contains("route metadata: member 1: mode \"both\""), "{}", refused.detail());
         let refused = malformed.meets(&lane, "malformed", 1, "/filled/1", |ask| ask).await;
-        assert!(detail(&refused).contains("rule by-header: lock order/{header:x-order}"), "{}", detail(&refused));
+        assert!(refused.detail().contains("rule by-header: lock order/{header:x-order}"), "{}", refused.detail());
         lane.quiet().await;
     });
 }
@@ -231,7 +133,7 @@ fn a_class_with_principals_is_closed_to_callers_without_a_spiffe_id() {
         };
         let ask = |ask: Ask| ask.header("lock", "order/1, vault/1;wait=0");
         let refused = forbidden.meets(&lane, "forbidden-class", 1, "/refused", ask).await;
-        assert_eq!(detail(&refused), "a caller without a SPIFFE ID may not lock class vault");
+        assert_eq!(refused.detail(), "a caller without a SPIFFE ID may not lock class vault");
         assert_eq!(lane.ask(1, "/open").header("lock", "order/1").send().await.unwrap().status, 200);
         lane.quiet().await;
     });
@@ -263,7 +165,7 @@ fn a_wait_that_would_close_a_cycle_is_refused_at_once() {
         ]);
         assert_eq!(refused.problem["cycle"], cycle);
         for who in [owner(1), owner(2)] {
-            assert!(detail(&refused).contains(&who), "{}", detail(&refused));
+            assert!(refused.detail().contains(&who), "{}", refused.detail());
         }
         // Who does not wait closes no cycle.
         let held = Refusal { http: 423, slug: "lock-held", retry: true, ..deadlock };
@@ -298,7 +200,7 @@ fn locks_out_of_their_order_are_refused_even_when_free() {
         let ask = |ask: Ask| ask.header("lock", "account/9");
         let refused = violation("account/9").meets(&lane, "order", 1, "/refused", ask).await;
         let says = format!("{} asks for account/9 and already holds order/5", owner(1));
-        assert!(detail(&refused).starts_with(&says), "{}", detail(&refused));
+        assert!(refused.detail().starts_with(&says), "{}", refused.detail());
         // A higher name of one class before a lower one; and the first lock of a request that breaks the order is named.
         let ask = |ask: Ask| ask.header("lock", "order/6, order/4");
         violation("order/4").meets(&lane, "order", 1, "/refused", ask).await;
@@ -393,7 +295,7 @@ fn a_taken_lock_refuses_who_does_not_wait() {
         assert_eq!(holders[0]["mode"], "shared");
         assert_eq!(holders[0]["asked_by"], "lock header");
         assert!(holders[0]["held_for_ms"].is_u64());
-        assert!(detail(&refused).contains(&owner(1)), "{}", detail(&refused));
+        assert!(refused.detail().contains(&owner(1)), "{}", refused.detail());
         // What the refused request would have got is free.
         let other = lane.ask(3, "/other").header("lock", "free/1;wait=0").send().await.unwrap();
         assert_eq!(other.status, 200, "{}", other.text());
@@ -445,7 +347,7 @@ fn a_full_queue_takes_no_more() {
         };
         let ask = |ask: Ask| ask.header("lock", "order/1;wait=20");
         let refused = full.meets(&lane, "waiters", 3, "/refused", ask).await;
-        assert!(detail(&refused).contains("at most 1 waiter (waiters_per_lock)"), "{}", detail(&refused));
+        assert!(refused.detail().contains("at most 1 waiter (waiters_per_lock)"), "{}", refused.detail());
         assert_eq!(holder.release().await.status, 200);
         assert_eq!(waiter.answer().await.unwrap().status, 200);
         lane.quiet().await;
@@ -468,15 +370,51 @@ fn a_request_and_an_owner_have_only_so_many_locks() {
         // Asking again helps nobody here.
         let ask = |ask: Ask| ask.header("lock", "a/3, a/1, a/2");
         let refused = too_many("a/1", false).meets(&lane, "locks", 1, "/refused", ask).await;
-        assert!(detail(&refused).contains("at most 2 locks (locks_per_request)"), "{}", detail(&refused));
+        assert!(refused.detail().contains("at most 2 locks (locks_per_request)"), "{}", refused.detail());
         // Here it does: once the owner has given some back.
         let two = lane.hold(1, "/two", "a/1, a/2").await;
         let one = lane.hold(1, "/one", "a/3").await;
         let refused = too_many("a/4", true).meets(&lane, "locks", 1, "/refused", |ask| ask.header("lock", "a/4")).await;
-        assert!(detail(&refused).contains("at most 3 locks (locks_per_owner)"), "{}", detail(&refused));
+        assert!(refused.detail().contains("at most 3 locks (locks_per_owner)"), "{}", refused.detail());
         assert_eq!(one.release().await.status, 200);
         assert_eq!(lane.ask(1, "/four").header("lock", "a/4").send().await.unwrap().status, 200);
         assert_eq!(two.release().await.status, 200);
+        lane.quiet().await;
+    });
+}
+
+#[test]
+fn the_table_has_only_so_much_room() {
+    run(async {
+        let lane = STAGE.lane("table").await;
+        // Each worker knows of its own to the last one; of the others it knows as of their last heartbeat.
+        let client = lane.client_on(0).await;
+        let ask = |by: u128, path: &str, locks: &str| client.get(lane.url(path)).trace(by).header("lock", locks);
+        let one = lane.keep("/one", ask(1, "/one?hold", "a/1")).await;
+        let two = lane.keep("/two", ask(2, "/two?hold", "a/2")).await;
+        let full = Refusal {
+            http: 429,
+            grpc: 8,
+            slug: "too-many-locks",
+            lock: Some("a/3"),
+            mode: Some("exclusive"),
+            owner: Some(3),
+            retry: true,
+        };
+        let refused = ask(3, "/refused", "a/3").send().await.unwrap();
+        let problem = full.check_http("table", &refused);
+        assert!(problem["detail"].as_str().unwrap().contains("at most 2 locks (locks)"), "{problem}");
+        assert_eq!(two.release().await.status, 200);
+
+        let waiter = ask(2, "/waiter", "a/1;wait=20").spawn();
+        lane.wait_waiting(1).await;
+        let full = Refusal { slug: "too-many-waiters", lock: Some("a/1"), ..full };
+        let refused = ask(3, "/refused", "a/1;wait=20").send().await.unwrap();
+        let problem = full.check_http("table", &refused);
+        assert!(problem["detail"].as_str().unwrap().contains("at most 1 waiter (waiters)"), "{problem}");
+        assert!(lane.upstream().requests_to("/refused").is_empty());
+        assert_eq!(one.release().await.status, 200);
+        assert_eq!(waiter.answer().await.unwrap().status, 200);
         lane.quiet().await;
     });
 }
