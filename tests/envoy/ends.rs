@@ -200,7 +200,7 @@ async fn the_upstream_breaks_off_and_is_tried_again() {
 
 #[tokio::test]
 async fn the_route_has_a_timeout() {
-    let world = World::with(|config| config.route(Route::prefix("/slow").timeout("4s"))).await;
+    let world = World::with(|config| config.route(Route::prefix("/slow").timeout("10s"))).await;
     let holder = world.ask(1, "/slow?hold", LONG).spawn();
     world.upstream.wait_for_requests("/slow", 1).await;
     let queue = Queue::form(&world).await;
@@ -341,7 +341,7 @@ async fn a_client_leaves_unnoticed_while_a_big_body_is_parked() {
     let mut ghost = RawClient::connect(world.envoy.address()).await.unwrap();
     let trace = traceparent(2);
     let headers: [(&str, &[u8]); 3] =
-        [("traceparent", trace.as_bytes()), ("lock", b"order/1;wait=5;ttl=60"), ("content-length", b"100000000")];
+        [("traceparent", trace.as_bytes()), ("lock", b"order/1;wait=10;ttl=60"), ("content-length", b"100000000")];
     ghost.request("POST", "/ghost", &headers).await.unwrap();
     // Until neither Envoy nor the kernel takes any more: the end of the connection stays behind what is unread.
     let all = vec![b'x'; 50_000_000];
@@ -367,7 +367,7 @@ async fn envoy_gives_up_on_an_idle_stream() {
         |prefix: &str| Route::prefix(prefix).timeout("0s").patch(|r| r["route"]["idle_timeout"] = json!("0s"));
     let world = World::with(|config| {
         let config = config.route(patient("/held")).route(patient("/next"));
-        config.patch_hcm(|hcm| hcm["stream_idle_timeout"] = json!("5s"))
+        config.patch_hcm(|hcm| hcm["stream_idle_timeout"] = json!("10s"))
     })
     .await;
     let holder = world.ask(1, "/held?hold", LONG).spawn();
@@ -387,7 +387,7 @@ async fn envoy_gives_up_on_an_idle_stream() {
 
 #[tokio::test]
 async fn envoy_gives_up_on_an_unfinished_request() {
-    let world = World::with(|config| config.patch_hcm(|hcm| hcm["request_timeout"] = json!("4s"))).await;
+    let world = World::with(|config| config.patch_hcm(|hcm| hcm["request_timeout"] = json!("8s"))).await;
     let holder = world.ask(1, "/held?hold", LONG).spawn();
     world.upstream.wait_for_requests("/held", 1).await;
     let mut unfinished = RawClient::connect(world.envoy.address()).await.unwrap();

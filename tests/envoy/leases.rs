@@ -10,11 +10,11 @@ use serde_json::{Value, json};
 use crate::world::{PROMPT, World, log_lines, policy};
 
 /// A lock that must be renewed again and again, for a request that takes longer.
-const SHORT: &str = "order/1;ttl=1";
+const SHORT: &str = "order/1;ttl=2";
 
 /// A lock that ends although it is renewed.
-const LIMITED: &str = "order/1;ttl=1;hold=2";
-const HOLD: Duration = Duration::from_secs(2);
+const LIMITED: &str = "order/1;ttl=2;hold=3";
+const HOLD: Duration = Duration::from_secs(3);
 
 fn lost() -> [(&'static str, &'static str); 2] {
     [("class", "order"), ("reason", "hold-limit")]
@@ -23,7 +23,7 @@ fn lost() -> [(&'static str, &'static str); 2] {
 #[tokio::test]
 async fn an_upstream_slower_than_the_ttl_keeps_the_lock() {
     let world = World::start().await;
-    let holders = ["order/1;ttl=1", "order/2;ttl=1.5, order/3;ttl=1;mode=shared"]
+    let holders = [SHORT, "order/2;ttl=2.5, order/3;ttl=2;mode=shared"]
         .into_iter()
         .zip(1..)
         .map(|(lock, owner)| world.ask(owner, "/slow?hold", lock).spawn())
@@ -51,7 +51,7 @@ async fn an_upstream_slower_than_the_ttl_keeps_the_lock() {
 #[tokio::test]
 async fn an_answer_that_streams_for_longer_than_the_ttl_keeps_the_lock() {
     let world = World::start().await;
-    let holder = world.ask(1, "/streams?stall=4000&body=1000", SHORT).spawn();
+    let holder = world.ask(1, "/streams?stall=6000&body=1000", SHORT).spawn();
     world.upstream.wait_for_requests("/streams", 1).await;
     let waiter = world.ask(2, "/next", SHORT).spawn();
     for request in [holder, waiter] {
@@ -192,7 +192,7 @@ fn lax() -> Value {
     policy["rules"] = json!([{
         "name": "lax",
         "match": { "path": "/lax" },
-        "locks": [{ "name": "order/1", "ttl": "1s", "hold": "2s" }],
+        "locks": [{ "name": "order/1", "ttl": "2s", "hold": "3s" }],
         "on_lease_lost": "continue",
     }]);
     policy
@@ -237,7 +237,7 @@ async fn a_rule_may_let_a_started_response_go_on_past_its_hold_limit() {
 #[tokio::test]
 async fn the_first_of_several_locks_to_reach_its_limit_takes_the_others_along() {
     let world = World::start().await;
-    let holder = world.ask(1, "/stuck?hold", "order/0, order/1;hold=2;ttl=1, order/2;mode=shared");
+    let holder = world.ask(1, "/stuck?hold", "order/0, order/1;hold=3;ttl=2, order/2;mode=shared");
     let others = ["order/0", "order/2"].map(|lock| async {
         world.upstream.wait_for_requests("/stuck", 1).await;
         let answer = world.ask(5, "/other", lock).send().await.unwrap();

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use interlock_testkit::client::Pending;
 use interlock_testkit::config::FILTER;
@@ -15,6 +16,7 @@ use crate::world::{World, add_listener, policy};
 fn version(n: usize) -> Value {
     let mut policy = policy();
     policy["limits"] = json!({ "max_wait": "300s" });
+    policy["defaults"]["hold"] = json!("600s");
     policy["classes"].as_array_mut().unwrap().push(json!({ "name": format!("v{n}"), "rank": n }));
     policy["rules"] = json!([{
         "name": format!("probe{n}"),
@@ -60,7 +62,11 @@ async fn assert_served(requests: impl IntoIterator<Item = Pending>) {
 
 #[tokio::test]
 async fn policies_change_under_load_while_locks_are_held() {
-    let mut world = World::with(|config| config.policy(version(0)).listener_from_file()).await;
+    // Some requests are there from the first policy to the last.
+    let patience = Duration::from_secs(250);
+    let patient = |hcm: &mut Value| hcm["stream_idle_timeout"] = json!("300s");
+    let config = |config: EnvoyConfig| config.policy(version(0)).patch_hcm(patient).listener_from_file();
+    let mut world = World::with(config).await;
     let stop = Arc::new(AtomicBool::new(false));
     let mut clients = tokio::task::JoinSet::new();
     for n in 0..8 {
@@ -68,12 +74,12 @@ async fn policies_change_under_load_while_locks_are_held() {
         clients.spawn(load(client, world.url("/work?delay=2"), n, Arc::clone(&stop)));
     }
     // Short TTLs: each must be renewed from one policy to the next.
-    let mut requests = vec![world.ask(1, "/held?hold", "order/held;ttl=2").spawn()];
+    let mut requests = vec![world.ask(1, "/held?hold", "order/held;ttl=2").timeout(patience).spawn()];
     world.upstream.wait_for_requests("/held", 1).await;
-    requests.push(world.ask(2, "/next", "order/held;wait=200;ttl=60").spawn());
+    requests.push(world.ask(2, "/next", "order/held;wait=200;ttl=60").timeout(patience).spawn());
     for n in 0..10 {
         // Held in a class that the next policy does not know.
-        requests.push(world.ask(10, "/gone?hold", &format!("v{n}/1;ttl=2")).spawn());
+        requests.push(world.ask(10, "/gone?hold", &format!("v{n}/1;ttl=2")).timeout(patience).spawn());
         let class = format!("v{n}");
         world.envoy.wait_metric("interlock_held", &[("class", &class)], |held| held == 1.0, DEADLINE).await;
         assert_eq!(world.envoy.update_policy(&version(n + 1)).await.unwrap(), Update::Taken);
@@ -146,7 +152,7 @@ async fn requests_keep_the_policy_that_they_came_under() {
     strict["rules"] = json!([{
         "name": "limited",
         "match": { "path": "/limited" },
-        "locks": [{ "name": "order/1", "ttl": "1s", "hold": "6s" }],
+        "locks": [{ "name": "order/1", "ttl": "3s", "hold": "6s" }],
         "on_lease_lost": "continue",
     }]);
     let mut world = World::with(|config| config.policy(strict).listener_from_file()).await;
@@ -284,7 +290,7 @@ async fn instances_keep_apart_and_listeners_of_one_instance_share() {
     let waiting = ["twin", "friend"].map(|listener| ask(listener, 4, "/next", "order/1").spawn());
     world.envoy.wait_metric("interlock_waiting", &[("instance", "test")], |n| n == 2.0, DEADLINE).await;
     assert_eq!(world.count("interlock_waiting", &[("instance", "stranger")]).await, 0.0);
-    assert_eq!(world.count("interlock_held", &[("instance", "stranger")]).await, 0.0);
+    world.envoy.wait_metric("interlock_held", &[("instance", "stranger")], |n| n == 0.0, DEADLINE).await;
     world.upstream.open("/held");
     assert_served([held].into_iter().chain(waiting)).await;
     // Two instances are swept, and count together.

@@ -66,13 +66,17 @@ async fn eventful() -> World {
     let leaves = world.ask(4, "/leaves", "order/1").spawn();
     world.until_waiting(2).await;
     world.until_held(3).await;
-    let held = |class| [("class", class), ("instance", "shop_eu")];
-    assert_eq!(world.count("interlock_held", &held("order")).await, 2.0);
-    assert_eq!(world.count("interlock_held", &held("ledger")).await, 1.0);
-    assert_eq!(world.count("interlock_held", &held("account")).await, 0.0);
-    assert_eq!(world.count("interlock_waiting", &held("order")).await, 2.0);
-    assert_eq!(world.count("interlock_table_locks", &[("instance", "shop_eu")]).await, 3.0);
-    assert_eq!(world.count("interlock_table_owners", &[("instance", "shop_eu")]).await, 4.0);
+    let of = |class| vec![("class", class), ("instance", "shop_eu")];
+    for (gauge, labels, value) in [
+        ("interlock_held", of("order"), 2.0),
+        ("interlock_held", of("ledger"), 1.0),
+        ("interlock_held", of("account"), 0.0),
+        ("interlock_waiting", of("order"), 2.0),
+        ("interlock_table_locks", vec![("instance", "shop_eu")], 3.0),
+        ("interlock_table_owners", vec![("instance", "shop_eu")], 4.0),
+    ] {
+        world.envoy.wait_metric(gauge, &labels, |seen| seen == value, DEADLINE).await;
+    }
 
     assert_eq!(status(5, "/r", "order/1;wait=0").await, (423, "lock-held".to_owned()));
     assert_eq!(status(6, "/r", "order/1;wait=0.3").await, (423, "wait-timeout".to_owned()));
