@@ -118,13 +118,17 @@ impl Runtime {
     /// long that it may have.
     pub(super) fn lapsed(&mut self, host: &dyn Host, id: ContextId) -> Option<(LockName, Loss)> {
         let Stream { case, state: State::Holding(held), .. } = self.streams.get(&id)? else { return None };
-        let local = match case.purpose() {
+        let (purpose, ttl) = (case.purpose(), held.lease.ttl());
+        if !self.local(purpose)?.may_have_lapsed(host.now(), ttl) {
+            return None;
+        }
+        // What nobody took is kept by the heartbeat that is late.
+        self.beat(host, purpose);
+        let Stream { case, state: State::Holding(held), .. } = self.streams.get(&id)? else { return None };
+        let local = match purpose {
             Purpose::Enforce => Some(&mut self.enforce),
             Purpose::Audit => self.audit.as_mut(),
         }?;
-        if !local.may_have_lapsed(host.now(), held.lease.ttl()) {
-            return None;
-        }
         // What cannot be read now is looked at again by the next tick, and at the end of the stream.
         local.check(host, &case.active.rules, &held.lease).ok().flatten()
     }
@@ -142,7 +146,7 @@ impl Runtime {
         let purpose = case.purpose();
         let mode =
             held.lease.grants().iter().find(|grant| grant.name == *lock).map_or(Mode::Exclusive, |grant| grant.mode);
-        let owner = held.lease.owner().clone();
+        let (owner, waited) = (held.lease.owner().clone(), held.waited);
         if let Some(local) = self.local(purpose) {
             // What it still holds goes with it.
             local.release(host, &case.active.rules, held.lease);
@@ -153,7 +157,7 @@ impl Runtime {
         let abort = case.is_enforced() && case.terms.on_lease_lost == OnLeaseLost::Abort;
         if abort {
             let refusal = Refusal { lock: lock.clone(), mode, owner, cause: Cause::LeaseLost { loss } };
-            let answer = Answer::refusal(&case, &Reject::Core(refusal), Duration::ZERO);
+            let answer = Answer::refusal(&case, &Reject::Core(refusal), waited);
             self.put(host, id, Stream { case, state: State::Over(Ended::Answered), timer: None });
             self.carry_out(host, id, Fate::Answer(answer));
         } else {
