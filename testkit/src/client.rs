@@ -58,20 +58,27 @@ pub struct Ask {
 #[derive(Debug)]
 pub struct Pending(JoinHandle<Result<Answer>>);
 
+/// Sends what is written when it is written.
+fn prompt() -> HttpConnector {
+    let mut connector = HttpConnector::new();
+    connector.set_nodelay(true);
+    connector
+}
+
 impl Client {
     /// Speaks HTTP/1.1 and keeps connections open for the next request.
     pub fn http1() -> Self {
-        Self { inner: legacy::Client::builder(TokioExecutor::new()).pool_timer(TokioTimer::new()).build_http() }
+        Self { inner: legacy::Client::builder(TokioExecutor::new()).pool_timer(TokioTimer::new()).build(prompt()) }
     }
 
     /// Speaks HTTP/1.1, a connection a request: each may meet another worker, and sees the newest configuration.
     pub fn http1_fresh() -> Self {
-        Self { inner: legacy::Client::builder(TokioExecutor::new()).pool_max_idle_per_host(0).build_http() }
+        Self { inner: legacy::Client::builder(TokioExecutor::new()).pool_max_idle_per_host(0).build(prompt()) }
     }
 
     /// Speaks HTTP/2 from the first byte; all requests share a connection, and so a worker.
     pub fn http2() -> Self {
-        Self { inner: legacy::Client::builder(TokioExecutor::new()).http2_only(true).build_http() }
+        Self { inner: legacy::Client::builder(TokioExecutor::new()).http2_only(true).build(prompt()) }
     }
 
     /// A GET.

@@ -120,7 +120,9 @@ fn envoy() -> Result<()> {
     let mut cargo = tools::cargo();
     cargo.args(["test", "--package", "interlock", "--package", "interlock-testkit"]);
     let names = test_targets()?.into_iter().filter(|name| needs_plugin(name));
-    tools::run(cargo.args(names.flat_map(|name| ["--test".to_owned(), name])).env("ENVOY", tools::envoy()?))
+    cargo.args(names.flat_map(|name| ["--test".to_owned(), name])).env("ENVOY", tools::envoy()?);
+    // They mostly wait for an Envoy: more of them at once than there are cores.
+    tools::run(cargo.args(["--", "--test-threads", "8"]))
 }
 
 /// Another command of this program, in a process of its own as a person's would be.
