@@ -463,7 +463,13 @@ async fn envoy_itself_ends() {
     for word in ["[critical]", "Segmentation", "assert failure", "interlock: "] {
         assert!(!log.contains(word), "{log}");
     }
-    for request in waiters.into_iter().chain([holder]) {
-        assert!(request.answer().await.is_err(), "nobody is let through at the end");
+    // Workers end one after the other: what the first gives back, a waiter on the other may still get, and be served with.
+    assert!(holder.answer().await.ok().is_none_or(|answer| answer.status == 503));
+    for waiter in waiters {
+        let answer = waiter.answer().await.ok();
+        assert!(answer.as_ref().is_none_or(|answer| [200, 503].contains(&answer.status)), "{answer:?}");
     }
+    world.upstream.wait_idle().await;
+    assert!(world.upstream.requests_to("/next").iter().all(|request| request.header("lock-fence").is_some()));
+    world.upstream.checker().assert_clean();
 }
