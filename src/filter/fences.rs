@@ -11,12 +11,9 @@ use crate::backend::local::Local;
 use crate::host::{Headers, Host};
 use crate::policy::Policy;
 
-/// A fence of an earlier hop that verifies.
-pub type Carried = FenceMember;
-
 /// The inbound fences of the effective stream's request that verify and belong to its owner. Nothing is read without
 /// keys, since nothing could verify.
-pub fn verified(host: &dyn Host, policy: &Policy) -> Vec<Carried> {
+pub fn verified(host: &dyn Host, policy: &Policy) -> Vec<FenceMember> {
     if policy.keys.is_empty() {
         return Vec::new();
     }
@@ -51,7 +48,7 @@ pub fn of(host: &dyn Host, case: &Case, lease: &Lease) -> Vec<FenceMember> {
 }
 
 /// Sets the header of the effective stream's request: own fences, then those of earlier hops for other locks.
-pub fn forward(host: &dyn Host, carried: &[Carried], own: &[FenceMember]) {
+pub fn forward(host: &dyn Host, carried: &[FenceMember], own: &[FenceMember]) {
     let earlier = carried.iter().filter(|member| own.iter().all(|own| own.name != member.name));
     let all: Vec<_> = own.iter().chain(earlier).cloned().collect();
     if let Some(value) = headers::lock_fence(&all) {
@@ -71,7 +68,7 @@ pub fn branch(
     rules: &Rules,
     owner: &OwnerId,
     lease: LeaseId,
-    carried: &[Carried],
+    carried: &[FenceMember],
 ) -> Result<OwnerId, StoreError> {
     let prefix = format!("{owner}#");
     for member in carried {

@@ -21,11 +21,11 @@ use interlock_core::{
 };
 
 use crate::answer::Reject;
+use crate::answer::headers::FenceMember;
 use crate::backend::local::{Local, Purpose};
 use crate::host::{ContextId, Headers, Host, HostError};
 use crate::policy::{Enforcement, HeaderAnnotations, OnUnavailable, Policy, Reentrancy};
 use crate::telemetry::Telemetry;
-use fences::Carried;
 use intake::{Asked, Intake, Terms};
 use respond::Answer;
 use stream::{Case, Ended, Held, State, Stream};
@@ -409,7 +409,7 @@ impl Runtime {
 }
 
 /// A request that asked for something, as it came in.
-fn case(host: &dyn Host, active: &Rc<Active>, terms: Terms, owner: Option<OwnerId>, carried: Vec<Carried>) -> Case {
+fn case(host: &dyn Host, active: &Rc<Active>, terms: Terms, owner: Option<OwnerId>, carried: Vec<FenceMember>) -> Case {
     Case { active: Rc::clone(active), terms, owner, arrived: host.now(), carried, route: String::new() }
 }
 

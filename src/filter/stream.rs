@@ -5,7 +5,6 @@ use std::rc::Rc;
 use interlock_core::{Duration, Lease, LockName, OwnerId, Pending, Time};
 
 use super::Active;
-use super::fences::Carried;
 use super::intake::Terms;
 use crate::answer::Reject;
 use crate::answer::headers::FenceMember;
@@ -61,7 +60,7 @@ pub struct Case {
     /// When it came in.
     pub arrived: Time,
     /// Inbound fences that are passed on to the upstream with its own.
-    pub carried: Vec<Carried>,
+    pub carried: Vec<FenceMember>,
     /// The route that it took, as far as anybody needed to know.
     pub route: String,
 }
