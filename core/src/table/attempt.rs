@@ -1,6 +1,6 @@
 //! One attempt at one lock: read its bucket, ask the queue, write the bucket back.
 
-use super::{Event, Scene, Table};
+use super::{Event, Scene, Table, Wake};
 use crate::fence::Fence;
 use crate::id::LeaseId;
 use crate::queue::{Entry, Queue, State};
@@ -28,6 +28,15 @@ pub(super) enum Stance {
     Last,
 }
 
+/// An attempt, and what it is made with.
+struct Attempt<'a, 's, S> {
+    scene: &'a Scene<'s, S>,
+    claim: &'a Claim,
+    want: &'a Want,
+    stance: Stance,
+    floor: Fence,
+}
+
 impl Table {
     /// One attempt at one lock.
     pub(super) fn take<S: Store>(
@@ -37,79 +46,87 @@ impl Table {
         want: &Want,
         stance: Stance,
     ) -> Result<Taken, StoreError> {
-        let lease = claim.request.lease;
         let bucket = scene.store.bucket(want.name.as_str());
-        let limits = &scene.rules.limits;
-        let others = self.sessions.load_of_others(self.me, scene.now);
-        let all_waiters = u64::from(self.load.waiters) + u64::from(others.waiters);
-        let permits = scene.rules.classes.of(&want.name).permits;
         let mut events = Vec::new();
-        let mut wakes = Vec::new();
         let taken = store::update(scene.store, bucket, |locks: &mut LockBucket| {
             events.clear();
             locks.with_queue(&want.name, |queue, highest| {
-                let mut changed = self.reap(scene, queue, &mut events)?;
-                let stood = queue.entry(lease).is_some();
-                if !stood && stance != Stance::Last {
-                    queue.enqueue(self.entry(scene, claim, want));
-                }
-                let floor = Fence::floor(scene.unix_micros);
-                let upgrades = !stood && queue.entry(lease).is_some_and(Entry::is_upgrade);
-                let upgraded = upgrades && queue.settle_one(lease, permits, scene.now, floor, highest);
-                wakes = if upgraded { vec![lease] } else { Vec::new() };
-                // Those who wait may have to wait for it from now on. Until it is known whether that closes a cycle,
-                // nobody else is granted anything on the strength of it.
-                let over_waiters = upgraded && queue.waiters().next().is_some();
-                if !over_waiters {
-                    wakes.extend(queue.settle(permits, scene.now, floor, highest));
-                }
-                let entry = queue.entry(lease);
-                let taken = match entry.map(|entry| &entry.state) {
-                    Some(State::Held { fence, until, .. }) => {
-                        Taken::Granted { fence: *fence, until: *until, over_waiters }
-                    }
-                    Some(State::Waiting { .. }) if stance == Stance::Wait => {
-                        let waiters = u64::try_from(queue.waiters().count()).unwrap_or(u64::MAX);
-                        if !stood && waiters > u64::from(limits.waiters_per_lock) {
-                            Taken::Full(Limit::WaitersPerLock, u64::from(limits.waiters_per_lock))
-                        } else if !stood && all_waiters >= u64::from(limits.waiters) {
-                            Taken::Full(Limit::Waiters, u64::from(limits.waiters))
-                        } else {
-                            // Its own end too: a worker that was away for too long has to look whether it still
-                            // stands there, and whether others took it for dead when they searched for cycles.
-                            let first = queue.entries().iter().map(|entry| entry.ends(&self.sessions)).min();
-                            let before_waiters = !stood && entry.is_some_and(Entry::is_upgrade);
-                            Taken::Queued { poll_at: first.unwrap_or(Time::NEVER), anew: !stood, before_waiters }
-                        }
-                    }
-                    Some(State::Waiting { .. }) | None => self.busy(scene, queue, lease),
-                };
-                let stays = matches!(taken, Taken::Granted { .. } | Taken::Queued { .. });
-                if !stays && queue.remove(lease).is_some() {
-                    // It may have stood before others that it alone kept from the lock.
-                    wakes.extend(queue.settle(permits, scene.now, floor, highest));
-                    if stood {
-                        events.push(Event::Left { lock: want.name.clone() });
-                    }
-                }
-                changed |= !wakes.is_empty() || (stays && !stood) || (!stays && stood);
-                let granted_now = wakes.contains(&lease);
-                wakes.retain(|woken| *woken != lease);
-                if granted_now {
-                    events.push(Event::Granted { lock: want.name.clone(), queued: stood });
-                } else if stays && !stood {
-                    events.push(Event::Queued { lock: want.name.clone() });
-                }
-                let told = wakes.iter().map(|_| Event::Granted { lock: want.name.clone(), queued: true });
-                events.extend(told);
-                let wakes = self.addressed(queue, core::mem::take(&mut wakes));
-                Ok(((taken, wakes), Save::from(changed)))
+                let attempt = Attempt { scene, claim, want, stance, floor: Fence::floor(scene.unix_micros) };
+                self.attempt(&attempt, queue, highest, &mut events)
             })
         });
         let (taken, wakes) = taken?;
         self.effects.events.append(&mut events);
         self.effects.wakes.extend(wakes);
         Ok(taken)
+    }
+
+    /// What an attempt makes of a queue, and whether it changed anything.
+    fn attempt<S: Store>(
+        &mut self,
+        attempt: &Attempt<'_, '_, S>,
+        queue: &mut Queue,
+        highest: &mut Fence,
+        events: &mut Vec<Event>,
+    ) -> Result<((Taken, Vec<Wake>), Save), StoreError> {
+        let Attempt { scene, claim, want, stance, floor } = *attempt;
+        let (lease, now) = (claim.request.lease, scene.now);
+        let permits = scene.rules.classes.of(&want.name).permits;
+        let reaped = self.reap(scene, queue, events)?;
+        let stood = queue.entry(lease).is_some();
+        if !stood && stance != Stance::Last {
+            queue.enqueue(self.entry(scene, claim, want));
+        }
+        let upgrades = !stood && queue.entry(lease).is_some_and(Entry::is_upgrade);
+        let upgraded = upgrades && queue.settle_one(lease, permits, now, floor, highest);
+        let mut granted = if upgraded { vec![lease] } else { Vec::new() };
+        // Those who wait may have to wait for it from now on. Until it is known whether that closes a cycle, nobody else is
+        // granted anything on the strength of it.
+        let over_waiters = upgraded && queue.waiters().next().is_some();
+        if !over_waiters {
+            granted.extend(queue.settle(permits, now, floor, highest));
+        }
+        let taken = match queue.entry(lease).map(|entry| &entry.state) {
+            Some(State::Held { fence, until, .. }) => Taken::Granted { fence: *fence, until: *until, over_waiters },
+            Some(State::Waiting { .. }) if stance == Stance::Wait => self.stand(scene, queue, lease, stood),
+            Some(State::Waiting { .. }) | None => self.busy(scene, queue, lease),
+        };
+        let stays = matches!(taken, Taken::Granted { .. } | Taken::Queued { .. });
+        if !stays && queue.remove(lease).is_some() {
+            // It may have stood before others that it alone kept from the lock.
+            granted.extend(queue.settle(permits, now, floor, highest));
+            if stood {
+                events.push(Event::Left { lock: want.name.clone() });
+            }
+        }
+        let changed = reaped || !granted.is_empty() || stays != stood;
+        if granted.contains(&lease) {
+            events.push(Event::Granted { lock: want.name.clone(), queued: stood });
+        } else if stays && !stood {
+            events.push(Event::Queued { lock: want.name.clone() });
+        }
+        granted.retain(|woken| *woken != lease);
+        events.extend(granted.iter().map(|_| Event::Granted { lock: want.name.clone(), queued: true }));
+        Ok(((taken, self.addressed(queue, granted)), Save::from(changed)))
+    }
+
+    /// A waiter that it is not the turn of: it stands in the queue, if that is not full.
+    fn stand<S: Store>(&self, scene: &Scene<'_, S>, queue: &Queue, lease: LeaseId, stood: bool) -> Taken {
+        let limits = &scene.rules.limits;
+        let full = |limit, value: u32| Taken::Full(limit, u64::from(value));
+        if !stood {
+            let of_others = self.sessions.load_of_others(self.me, scene.now).waiters;
+            if queue.waiters().count() > usize::try_from(limits.waiters_per_lock).unwrap_or(usize::MAX) {
+                return full(Limit::WaitersPerLock, limits.waiters_per_lock);
+            }
+            if self.load.waiters.saturating_add(of_others) >= limits.waiters {
+                return full(Limit::Waiters, limits.waiters);
+            }
+        }
+        // Its own end too: a worker that was away for too long has to look whether it still stands there.
+        let first_end = queue.entries().iter().map(|entry| entry.ends(&self.sessions)).min();
+        let before_waiters = !stood && queue.entry(lease).is_some_and(Entry::is_upgrade);
+        Taken::Queued { poll_at: first_end.unwrap_or(Time::NEVER), anew: !stood, before_waiters }
     }
 
     pub(super) fn entry<S: Store>(&self, scene: &Scene<'_, S>, claim: &Claim, want: &Want) -> Entry {
