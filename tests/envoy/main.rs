@@ -21,3 +21,4 @@ mod reentry;
 mod refusals;
 mod reload;
 mod telemetry;
+mod wire;

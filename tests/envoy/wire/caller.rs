@@ -1,0 +1,86 @@
+//! A client with one HTTP/2 connection that can tell when the worker behind it has dealt with what was sent.
+//!
+//! A worker reads a connection in order, and a new stream cannot overtake an older one. So once a request behind another
+//! has been answered, the other one has been through the filter: it stands in a queue, is on its way to the upstream, or
+//! has been refused. That needs no look at a gauge, which is as old as the last sweep.
+
+use std::net::SocketAddr;
+use std::time::Instant;
+
+use anyhow::Result;
+use bytes::{Bytes, BytesMut};
+use h2::client::{ResponseFuture, SendRequest, handshake};
+use hyper::Request;
+use interlock_testkit::Answer;
+use interlock_testkit::client::traceparent;
+use tokio::net::TcpStream;
+use tokio::task::JoinHandle;
+
+/// The path that Envoy answers by itself.
+pub const SETTLED: &str = "/settled";
+
+/// One owner's client. Dropping it closes its connection.
+pub struct Caller {
+    requests: SendRequest<Bytes>,
+    connection: JoinHandle<()>,
+    address: SocketAddr,
+    owner: u128,
+}
+
+impl Caller {
+    /// Connects.
+    pub async fn connect(address: SocketAddr, owner: u128) -> Self {
+        let stream = TcpStream::connect(address).await.expect("a connection");
+        stream.set_nodelay(true).expect("a socket");
+        let (requests, connection) = handshake(stream).await.expect("HTTP/2");
+        let connection = tokio::spawn(async move {
+            // How it ends, the requests on it tell.
+            let _ = connection.await;
+        });
+        Caller { requests, connection, address, owner }
+    }
+
+    /// Sends a GET behind all that was sent before. Aborting the task resets the stream.
+    pub fn send(&self, path: &str, lock: Option<&str>) -> JoinHandle<Result<Answer>> {
+        let mut request = Request::get(format!("http://{}{path}", self.address));
+        if let Some(lock) = lock {
+            request = request.header("traceparent", traceparent(self.owner)).header("lock", lock);
+        }
+        let request = request.body(()).expect("a request");
+        // A clone waits for no other stream. The place in the order is taken by this call, not by the task.
+        let sent = self.requests.clone().send_request(request, true);
+        let began = Instant::now();
+        tokio::spawn(async move { answer(sent?.0, began).await })
+    }
+
+    /// Waits until the worker has dealt with all requests so far.
+    pub async fn settle(&self) {
+        let answer = self.send(SETTLED, None).await.expect("a task").expect("an answer");
+        assert_eq!(answer.status, 204, "{}", answer.text());
+    }
+
+    /// Waits until the worker has dealt with all resets so far too.
+    pub async fn settle_resets(&self) {
+        // A reset may be overtaken by the first request behind it, but is written before a second one is made.
+        self.settle().await;
+        self.settle().await;
+    }
+}
+
+impl Drop for Caller {
+    fn drop(&mut self) {
+        self.connection.abort();
+    }
+}
+
+async fn answer(response: ResponseFuture, began: Instant) -> Result<Answer> {
+    let (head, mut stream) = response.await?.into_parts();
+    let mut body = BytesMut::new();
+    while let Some(chunk) = stream.data().await.transpose()? {
+        stream.flow_control().release_capacity(chunk.len())?;
+        body.extend_from_slice(&chunk);
+    }
+    let trailers = stream.trailers().await?.unwrap_or_default();
+    let status = head.status.as_u16();
+    Ok(Answer { status, headers: head.headers, body: body.freeze(), trailers, took: began.elapsed() })
+}
