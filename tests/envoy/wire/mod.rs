@@ -92,6 +92,11 @@ fn every_case_that_requests_can_tell_passes() {
         }
         assert!(failures.is_empty(), "{} failed:\n{}", failures.len(), failures.join("\n"));
         for (name, lane) in &lanes {
+            // An owner's connection meets one of them; that they all meet the same is out of the question.
+            for worker in 0..2 {
+                let served = format!("listener.{name}.worker_{worker}.downstream_cx_total");
+                assert!(lane.envoy().stat(&served).await.expect("the admin endpoint") > 0, "{served}");
+            }
             match *name {
                 // What looks for overlaps at the upstream knows of no permits.
                 "permits" => lane.empty().await,
