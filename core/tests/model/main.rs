@@ -1,0 +1,144 @@
+//! Every state of the lock table that a few owners and locks can bring about, searched without exception.
+//!
+//! The state machine is the shipped table (see [`machine`]); what it must keep is said anew (see [`state`] and
+//! [`after`]). Two searches: four owners and three locks without time, and fewer with leases and waits that end.
+//! States that differ by the names of owners and locks only are one: nothing in the table depends on a name here.
+//! Each step is atomic; what happens in the middle of one is the business of the scenarios with a hook in the store.
+#![cfg(not(target_arch = "wasm32"))]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+mod after;
+mod machine;
+mod state;
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Instant;
+
+use stateright::{Checker, Model, Property};
+
+use after::Sight;
+use machine::{Action, Machine};
+use state::{LOCKS, MOST, State};
+
+/// What is searched.
+struct Search {
+    machine: Machine,
+    locks: usize,
+    /// How many requests one owner, and all together, may have under way.
+    requests: usize,
+    most: usize,
+    time: bool,
+    renamings: Vec<Vec<usize>>,
+    /// Sights that a state has been found for, so that the search for it can end.
+    seen: AtomicU32,
+}
+
+impl Search {
+    fn new(owners: usize, locks: usize, requests: usize, most: usize, time: bool) -> Self {
+        assert!(most <= MOST && locks <= LOCKS);
+        let machine = Machine::new(owners, locks, time);
+        let renamings = permutations(owners);
+        Search { machine, locks, requests, most, time, renamings, seen: AtomicU32::new(0) }
+    }
+
+    /// Whether some step from here shows it, and none did before.
+    fn shows(&self, state: &State, sight: Sight) -> bool {
+        let bit = 1 << sight as u32;
+        if self.seen.load(Ordering::Relaxed) & bit != 0 {
+            return false;
+        }
+        let mut actions = Vec::new();
+        self.actions(state, &mut actions);
+        let found = actions.into_iter().any(|action| self.machine.step(state, action).1.contains(&sight));
+        if found {
+            self.seen.fetch_or(bit, Ordering::Relaxed);
+        }
+        found
+    }
+}
+
+fn permutations(of: usize) -> Vec<Vec<usize>> {
+    if of == 0 {
+        return vec![Vec::new()];
+    }
+    let insert = |shorter: &Vec<usize>, at: usize| {
+        let mut longer = shorter.clone();
+        longer.insert(at, of - 1);
+        longer
+    };
+    permutations(of - 1).iter().flat_map(|shorter| (0..of).map(move |at| insert(shorter, at))).collect()
+}
+
+impl Model for Search {
+    type State = State;
+    type Action = Action;
+
+    fn init_states(&self) -> Vec<State> {
+        vec![State::new(self.locks)]
+    }
+
+    fn actions(&self, state: &State, actions: &mut Vec<Action>) {
+        // Where something went wrong the search does not go on.
+        if state.fault.is_none() {
+            self.machine.actions(state, self.requests, self.most, actions);
+        }
+    }
+
+    fn next_state(&self, state: &State, action: Action) -> Option<State> {
+        let (next, _) = self.machine.step(state, action);
+        Some(next.canonical(&self.renamings))
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        let mut properties = vec![
+            Property::always("every step is the contract's", |_, state: &State| state.fault.is_none()),
+            Property::always("no two conflicting holders", |_, state: &State| state.is_exclusive()),
+            Property::always("nobody waits for itself", |_, state: &State| state.is_acyclic()),
+            Property::always("nobody is forgotten", |_, state: &State| state.forgets_nobody()),
+            Property::always("the index names every wait", |_, state: &State| state.lists_every_wait()),
+            Property::sometimes("a deadlock is refused", |it: &Self, state| it.shows(state, Sight::Deadlock)),
+            Property::sometimes("an upgrade goes ahead of waiters", |it: &Self, state| {
+                it.shows(state, Sight::UpgradeOverWaiters)
+            }),
+            Property::sometimes("an upgrade of a sole holder closes a cycle", |it: &Self, state| {
+                it.shows(state, Sight::UpgradeRefused)
+            }),
+            Property::sometimes("two readers follow a writer", |it: &Self, state| {
+                it.shows(state, Sight::ReadersTogether)
+            }),
+            Property::sometimes("a re-entry while others wait", |it: &Self, state| it.shows(state, Sight::ReEntry)),
+            Property::sometimes("a downgrade lets others in", |it: &Self, state| it.shows(state, Sight::Downgrade)),
+            Property::sometimes("a waiter goes with its grant", |it: &Self, state| {
+                it.shows(state, Sight::CancelledGrant)
+            }),
+        ];
+        if self.time {
+            properties.extend([
+                Property::sometimes("a wait runs out", |it: &Self, state| it.shows(state, Sight::WaitTimeout)),
+                Property::sometimes("a place is taken anew", |it: &Self, state| it.shows(state, Sight::QueuedAgain)),
+                Property::sometimes("a sweep hands over", |it: &Self, state| it.shows(state, Sight::SweptOn)),
+            ]);
+        }
+        properties
+    }
+}
+
+/// Searches everything; the number of states, and what was found of each property, has to be as it was.
+fn exhaust(name: &str, search: Search, states: usize) {
+    let start = Instant::now();
+    let checker = search.checker().threads(2).spawn_bfs().join();
+    let (unique, steps, depth) = (checker.unique_state_count(), checker.state_count(), checker.max_depth());
+    println!("{name}: {unique} states, {steps} steps, depth {depth}, in {:.1} s", start.elapsed().as_secs_f32());
+    checker.assert_properties();
+    assert_eq!(unique, states, "the rules have changed, or the model has");
+}
+
+#[test]
+fn all_states_without_time() {
+    exhaust("4 owners, 3 locks, 5 requests", Search::new(4, 3, 2, 5, false), 167_967);
+}
+
+#[test]
+fn all_states_with_time() {
+    exhaust("3 owners, 2 locks, 3 requests, time", Search::new(3, 2, 2, 3, true), 28_881);
+}
