@@ -140,14 +140,14 @@ impl Machine {
                     At::Waiting { since: THEN, deadline, hold: LONG, upgrade: stand == Stand::WaitsToUpgrade }
                 }
             };
-            let entry = self.entry(lease, slot, state.clone());
             // A stranger is put behind all others, and then made the one that is meant.
-            let stranger = Entry { reentrant: false, state: waiting(), ..entry.clone() };
+            let stranger = Entry { reentrant: false, ..self.entry(lease, slot, waiting()) };
             let bucket = &mut shelf.locks.borrow_mut()[lock];
             bucket.highest = HIGHEST;
             bucket.with_queue(&self.names[lock], |queue, _| {
                 queue.enqueue(stranger);
-                *queue.entry_mut(lease).unwrap() = entry;
+                let entry = queue.entry_mut(lease).unwrap();
+                (entry.reentrant, entry.state) = (true, state);
             });
         }
         if slot.listed {
@@ -227,14 +227,14 @@ impl Machine {
         (table, client)
     }
 
-    /// Everything that somebody may do.
-    pub fn actions(&self, state: &State, requests: usize, most: usize, actions: &mut Vec<Action>) {
+    /// Everything that somebody may do, with two requests an owner and `most` in all.
+    pub fn actions(&self, state: &State, most: usize, actions: &mut Vec<Action>) {
         let owners = self.owners.len() - 1;
         // Of those that have no name yet, one is as good as another.
         let nobody = (0..owners).find(|owner| state.requests(*owner) == 0);
         let unused = state.locks.iter().position(Vec::is_empty);
         if state.slots().count() < most {
-            for owner in (0..owners).filter(|owner| state.requests(*owner) < requests) {
+            for owner in (0..owners).filter(|owner| state.requests(*owner) < 2) {
                 let other_lock = |lock: &usize| !state.locks[*lock].is_empty() || Some(*lock) == unused;
                 if state.requests(owner) > 0 || Some(owner) == nobody {
                     for lock in (0..self.names.len()).filter(other_lock) {

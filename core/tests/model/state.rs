@@ -70,6 +70,11 @@ impl Slot {
 /// The requests of one lock: those that stand at it, in their order, and after them those that lost it.
 pub type Slots = Vec<Slot>;
 
+/// How many holders stand before everybody else.
+fn holding(slots: &[Slot]) -> usize {
+    slots.iter().position(|slot| !slot.has_lock()).unwrap_or(slots.len())
+}
+
 /// How many of them stand at the lock.
 fn standing(slots: &[Slot]) -> usize {
     slots.iter().position(|slot| !slot.stands()).unwrap_or(slots.len())
@@ -103,18 +108,27 @@ impl State {
         self.slots().filter(|slot| slot.owner == owner).count()
     }
 
+    /// The state with those who have a lock before those who wait for it.
+    pub fn holders_first(mut self) -> Self {
+        self.locks.iter_mut().for_each(|slots| slots.sort_by_key(|slot| (!slot.has_lock(), !slot.stands())));
+        self
+    }
+
     /// The state with its owners and its locks renamed, so that all states that differ by names only become one: the
-    /// least of all renamings. Those that lost their place have no order.
+    /// least of all renamings. Holders that stand before everybody else have no order, nor have those that lost their
+    /// place.
     pub fn canonical(mut self, renamings: &[Vec<usize>]) -> Self {
         let pack = |renaming: &[usize]| {
             let mut words = [0_u128; LOCKS];
-            let mut order = [0, 1, 2];
+            let mut order: [usize; LOCKS] = std::array::from_fn(|lock| lock);
             for (word, slots) in words.iter_mut().zip(&self.locks) {
                 let mut codes = [0_u16; MOST];
+                let codes = &mut codes[..slots.len()];
                 for (code, slot) in codes.iter_mut().zip(slots) {
                     *code = slot.code(renaming);
                 }
-                codes[standing(slots)..slots.len()].sort_unstable();
+                codes[standing(slots)..].sort_unstable();
+                codes[..holding(slots)].sort_unstable();
                 *word = codes.iter().fold(0, |word, code| word << 16 | u128::from(*code));
             }
             order.sort_unstable_by_key(|lock| words[*lock]);
@@ -127,8 +141,9 @@ impl State {
         for lock in order {
             let Some(slots) = self.locks.get_mut(lock) else { continue };
             let mut slots = std::mem::take(slots);
-            let standing = standing(&slots);
+            let (holding, standing) = (holding(&slots), standing(&slots));
             slots[standing..].sort_unstable_by_key(|slot| slot.code(renaming));
+            slots[..holding].sort_unstable_by_key(|slot| slot.code(renaming));
             slots.iter_mut().for_each(|slot| slot.owner = renaming[slot.owner]);
             locks.push(slots);
         }
