@@ -253,8 +253,13 @@ fn fence_is_right(queue: &Queue, entry: &Entry, before: Fence, highest: Fence) -
     };
     let same = || queue.holders().filter(|held| held.lease != entry.lease && fence(held) == fence(entry));
     let is_new = fence(entry) > before;
-    let re_enters = same().any(|held| held.mode.covers(entry.mode));
-    (is_new || re_enters) && highest >= fence(entry) && same().all(|held| held.owner == entry.owner)
+    let covers = |held: &Entry| held.owner == entry.owner && held.mode.covers(entry.mode);
+    let re_enters = same().any(covers);
+    // What its owner had before this step has a fence of before.
+    let must = queue.holders().any(|held| held.lease != entry.lease && covers(held) && fence(held) <= before);
+    (if must { re_enters } else { is_new || re_enters })
+        && highest >= fence(entry)
+        && same().all(|held| held.owner == entry.owner)
 }
 
 /// Whether the events say how many more wait and hold than before.

@@ -133,7 +133,7 @@ impl Machine {
             let state = match slot.stand {
                 Stand::Granted | Stand::Holds => {
                     let renewed = if slot.ended { THEN } else { NOW };
-                    At::Held { fence: Fence(at as u64 + 1), since: THEN, renewed, until: NOW + LONG }
+                    At::Held { fence: Fence(slot.owner as u64 + 1), since: THEN, renewed, until: NOW + LONG }
                 }
                 stand => {
                     let deadline = if slot.ended { THEN + SHORT } else { NOW + LONG };
@@ -227,14 +227,14 @@ impl Machine {
         (table, client)
     }
 
-    /// Everything that somebody may do, with two requests an owner and `most` in all.
-    pub fn actions(&self, state: &State, most: usize, actions: &mut Vec<Action>) {
+    /// Everything that somebody may do, with `each` requests an owner and `most` in all.
+    pub fn actions(&self, state: &State, each: usize, most: usize, actions: &mut Vec<Action>) {
         let owners = self.owners.len() - 1;
         // Of those that have no name yet, one is as good as another.
         let nobody = (0..owners).find(|owner| state.requests(*owner) == 0);
         let unused = state.locks.iter().position(Vec::is_empty);
         if state.slots().count() < most {
-            for owner in (0..owners).filter(|owner| state.requests(*owner) < 2) {
+            for owner in (0..owners).filter(|owner| state.requests(*owner) < each) {
                 let other_lock = |lock: &usize| !state.locks[*lock].is_empty() || Some(*lock) == unused;
                 if state.requests(owner) > 0 || Some(owner) == nobody {
                     for lock in (0..self.names.len()).filter(other_lock) {
