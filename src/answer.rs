@@ -212,7 +212,7 @@ impl Reject {
             },
             owner: self.owner().map(OwnerId::as_str),
             retry_after_ms: self.retry_after().map(millis),
-            cycle: cycle.iter().map(ProblemEdge::from).collect(),
+            cycle,
             holders: holders.iter().map(ProblemHolder::from).collect(),
         };
         // Strings and numbers always serialize.
@@ -235,23 +235,10 @@ struct Problem<'a> {
     owner: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     retry_after_ms: Option<u64>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    cycle: Vec<ProblemEdge<'a>>,
+    #[serde(skip_serializing_if = "<[Edge]>::is_empty")]
+    cycle: &'a [Edge],
     #[serde(skip_serializing_if = "Vec::is_empty")]
     holders: Vec<ProblemHolder<'a>>,
-}
-
-#[derive(Serialize)]
-struct ProblemEdge<'a> {
-    owner: &'a str,
-    waits_for: &'a str,
-    held_by: &'a str,
-}
-
-impl<'a> From<&'a Edge> for ProblemEdge<'a> {
-    fn from(edge: &'a Edge) -> Self {
-        ProblemEdge { owner: edge.owner.as_str(), waits_for: edge.waits_for.as_str(), held_by: edge.held_by.as_str() }
-    }
 }
 
 /// A holder for the caller's eyes. Without its fence: nobody but the holder has a use for that.

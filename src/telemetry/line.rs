@@ -83,8 +83,8 @@ struct Line<'a> {
     holders: Vec<LineHolder<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     holders_not_listed: Option<usize>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    cycle: Vec<LineEdge<'a>>,
+    #[serde(skip_serializing_if = "<[Edge]>::is_empty")]
+    cycle: &'a [Edge],
     waited_ms: u64,
     #[serde(skip_serializing_if = "str::is_empty")]
     asked_by: &'a str,
@@ -100,13 +100,6 @@ struct LineHolder<'a> {
     held_ms: u64,
     #[serde(skip_serializing_if = "str::is_empty")]
     asked_by: &'a str,
-}
-
-#[derive(Serialize)]
-struct LineEdge<'a> {
-    owner: &'a str,
-    waits_for: &'a str,
-    held_by: &'a str,
 }
 
 /// Whether the host would write a line about that: what goes into one need not be gathered otherwise.
@@ -126,11 +119,6 @@ pub fn log(host: &dyn Host, record: &Record<'_>) {
         held_ms: millis(holder.held_for),
         asked_by: &holder.asked_by,
     });
-    let cycle = record.cycle.iter().map(|edge| LineEdge {
-        owner: edge.owner.as_str(),
-        waits_for: edge.waits_for.as_str(),
-        held_by: edge.held_by.as_str(),
-    });
     let line = Line {
         time: rfc3339(host.unix_micros()),
         event: record.event,
@@ -142,7 +130,7 @@ pub fn log(host: &dyn Host, record: &Record<'_>) {
         detail: record.detail,
         holders: listed.collect(),
         holders_not_listed: record.holders.len().checked_sub(HOLDERS_LOGGED).filter(|more| *more > 0),
-        cycle: cycle.collect(),
+        cycle: record.cycle,
         waited_ms: millis(record.waited),
         asked_by: record.asked_by,
         route: record.route,
