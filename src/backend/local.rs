@@ -12,8 +12,8 @@ use core::hash::Hasher;
 use interlock_core::session::BEAT;
 use interlock_core::store::{Kind, Record, Version};
 use interlock_core::{
-    Census, Duration, Effects, Fence, Lease, LeaseId, LockName, Loss, Outcome, OwnerId, Pending, Request, Rules, Scene,
-    SessionId, Store, StoreError, Table, Time,
+    Census, Duration, Effects, Fence, Grant, Lease, LeaseId, LockName, Loss, Outcome, OwnerId, Pending, Request, Rules,
+    Scene, SessionId, Store, StoreError, Table, Time,
 };
 use siphasher::sip::SipHasher13;
 
@@ -252,7 +252,7 @@ impl Local {
     }
 
     /// See [`Table::release`].
-    pub fn release(&mut self, host: &dyn Host, rules: &Rules, lease: Lease) -> Vec<LockName> {
+    pub fn release(&mut self, host: &dyn Host, rules: &Rules, lease: Lease) -> Vec<Grant> {
         with_scene(host, &self.space, rules, |scene| self.table.release(scene, lease))
     }
 

@@ -80,10 +80,29 @@ enum Fate {
     Answer(Answer),
 }
 
-/// An instance in one VM.
-pub struct Runtime {
+/// An instance's tables: the one whose decisions count and, once a configuration audits, its shadow.
+struct Tables {
     enforce: Local,
     audit: Option<Local>,
+}
+
+impl Tables {
+    fn get(&mut self, purpose: Purpose) -> Option<&mut Local> {
+        match purpose {
+            Purpose::Enforce => Some(&mut self.enforce),
+            Purpose::Audit => self.audit.as_mut(),
+        }
+    }
+
+    fn next_beat(&self) -> Time {
+        let audit = self.audit.as_ref().map_or(Time::NEVER, Local::next_beat);
+        self.enforce.next_beat().min(audit)
+    }
+}
+
+/// An instance in one VM.
+pub struct Runtime {
+    tables: Tables,
     streams: HashMap<ContextId, Stream>,
     leases: HashMap<(Purpose, LeaseId), ContextId>,
     timers: BTreeSet<(Time, ContextId)>,
@@ -107,8 +126,7 @@ impl Runtime {
     pub fn open(host: &dyn Host, active: Rc<Active>) -> Result<Self, HostError> {
         let enforce = Local::open(host, &active.policy.instance, Purpose::Enforce)?;
         let mut runtime = Runtime {
-            enforce,
-            audit: None,
+            tables: Tables { enforce, audit: None },
             streams: HashMap::new(),
             leases: HashMap::new(),
             timers: BTreeSet::new(),
@@ -134,8 +152,8 @@ impl Runtime {
         self.active = active;
         self.open_audit(host)?;
         // Wake-ups go to the root that registered last. The old root may be gone soon; this one stays.
-        for local in [Some(&mut self.enforce), self.audit.as_mut()].into_iter().flatten() {
-            if local.mailbox().is_some() {
+        for purpose in [Purpose::Enforce, Purpose::Audit] {
+            if let Some(local) = self.tables.get(purpose).filter(|local| local.mailbox().is_some()) {
                 local.listen(host)?;
             }
         }
@@ -143,8 +161,8 @@ impl Runtime {
     }
 
     fn open_audit(&mut self, host: &dyn Host) -> Result<(), HostError> {
-        if self.audit.is_none() && self.active.audits {
-            self.audit = Some(Local::open(host, &self.active.policy.instance, Purpose::Audit)?);
+        if self.tables.audit.is_none() && self.active.audits {
+            self.tables.audit = Some(Local::open(host, &self.active.policy.instance, Purpose::Audit)?);
         }
         Ok(())
     }
@@ -233,18 +251,16 @@ impl Runtime {
     pub fn end(&mut self, host: &dyn Host, id: ContextId) {
         let Some(Stream { mut case, state, .. }) = self.take(id) else { return };
         let purpose = case.purpose();
-        let Some(local) = self.local(purpose) else { return };
+        let Some(local) = self.tables.get(purpose) else { return };
         match state {
             State::Waiting(pending) => {
                 report::cancelled(host, &case, &pending);
                 local.cancel(host, &case.active.rules, pending);
             }
             State::Holding(held) => {
-                let modes: BTreeMap<_, _> =
-                    held.lease.grants().iter().map(|grant| (grant.name.clone(), grant.mode)).collect();
-                for lock in local.release(host, &case.active.rules, held.lease) {
+                for grant in local.release(host, &case.active.rules, held.lease) {
                     case.name_route(host);
-                    report::lost(host, &case, &lock, modes.get(&lock).copied(), Loss::Expired);
+                    report::lost(host, &case, &grant.name, Some(grant.mode), Loss::Expired);
                 }
             }
             State::Over(_) => return,
@@ -268,7 +284,7 @@ impl Runtime {
         let first = wants.first().map(|want| (want.name.clone(), want.mode));
         self.beat(host, purpose);
         let asked = host.now();
-        let outcome = match self.local(purpose) {
+        let outcome = match self.tables.get(purpose) {
             Some(local) => local.new_lease().and_then(|lease| {
                 let owner = match policy.reentrancy {
                     Reentrancy::Lease => fences::branch(host, local, rules, &owner, lease, &case.carried)?,
@@ -338,7 +354,7 @@ impl Runtime {
         let purpose = case.purpose();
         let waits_for = pending.waits_for().map(|(lock, mode)| (lock.clone(), mode));
         let owner = pending.owner().clone();
-        if let Some(local) = self.local(purpose) {
+        if let Some(local) = self.tables.get(purpose) {
             local.cancel(host, &case.active.rules, pending);
         }
         self.deliver(host, purpose);
@@ -363,16 +379,9 @@ impl Runtime {
         fences::forward(host, &stream.case.carried, own);
     }
 
-    fn local(&mut self, purpose: Purpose) -> Option<&mut Local> {
-        match purpose {
-            Purpose::Enforce => Some(&mut self.enforce),
-            Purpose::Audit => self.audit.as_mut(),
-        }
-    }
-
     /// Wakes waiters and counts what happened.
     fn deliver(&mut self, host: &dyn Host, purpose: Purpose) {
-        let Some(local) = self.local(purpose) else { return };
+        let Some(local) = self.tables.get(purpose) else { return };
         let effects = local.deliver(host);
         if purpose == Purpose::Enforce {
             report::observe(host, &self.active, &effects.events);

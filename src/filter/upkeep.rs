@@ -11,7 +11,7 @@ use super::respond::Answer;
 use super::stream::{Case, Ended, Held, State, Stream};
 use super::{Fate, Runtime, report};
 use crate::answer::Reject;
-use crate::backend::local::{Local, Purpose};
+use crate::backend::local::Purpose;
 use crate::host::{ContextId, Host, QueueId};
 use crate::policy::OnLeaseLost;
 
@@ -19,7 +19,7 @@ impl Runtime {
     /// Messages have come by a queue. If it is one of this instance's, waiters of this VM were granted their locks.
     pub fn queue_ready(&mut self, host: &dyn Host, queue: QueueId) {
         for purpose in [Purpose::Enforce, Purpose::Audit] {
-            if self.local(purpose).is_some_and(|local| local.mailbox() == Some(queue)) {
+            if self.tables.get(purpose).is_some_and(|local| local.mailbox() == Some(queue)) {
                 self.empty_mailbox(host, purpose);
                 self.arm(host);
             }
@@ -27,7 +27,7 @@ impl Runtime {
     }
 
     fn empty_mailbox(&mut self, host: &dyn Host, purpose: Purpose) {
-        let woken = self.local(purpose).map(|local| local.woken(host)).unwrap_or_default();
+        let woken = self.tables.get(purpose).map(|local| local.woken(host)).unwrap_or_default();
         for lease in woken {
             if let Some(id) = self.leases.get(&(purpose, lease)).copied() {
                 self.look_after(host, id);
@@ -65,7 +65,7 @@ impl Runtime {
         let active = Rc::clone(&self.active);
         let idle = !self.served;
         for purpose in [Purpose::Enforce, Purpose::Audit] {
-            let Some(local) = self.local(purpose) else { continue };
+            let Some(local) = self.tables.get(purpose) else { continue };
             match local.keep_house(host, &active.rules, idle) {
                 Ok(Some(census)) if purpose == Purpose::Enforce => active.telemetry.swept(host, &census),
                 Ok(_) => {}
@@ -78,7 +78,7 @@ impl Runtime {
     /// Has wake-ups delivered to the root whose callback runs. The host tells nobody when the root that it delivers to is
     /// gone; a root that ticks is there. What was lost meanwhile is in the queue still.
     fn listen(&mut self, host: &dyn Host, purpose: Purpose) {
-        let Some(local) = self.local(purpose).filter(|local| local.mailbox().is_some()) else { return };
+        let Some(local) = self.tables.get(purpose).filter(|local| local.mailbox().is_some()) else { return };
         if let Err(error) = local.listen(host) {
             report::trouble(host, &self.active, &error);
         }
@@ -93,7 +93,7 @@ impl Runtime {
         match state {
             State::Waiting(pending) => {
                 let rules = Rc::clone(&case.active);
-                let Some(local) = self.local(purpose) else { return };
+                let Some(local) = self.tables.get(purpose) else { return };
                 let outcome = local.poll(host, &rules.rules, pending);
                 self.deliver(host, purpose);
                 let enforced = case.is_enforced();
@@ -119,18 +119,14 @@ impl Runtime {
     pub(super) fn lapsed(&mut self, host: &dyn Host, id: ContextId) -> Option<(LockName, Loss)> {
         let Stream { case, state: State::Holding(held), .. } = self.streams.get(&id)? else { return None };
         let (purpose, ttl) = (case.purpose(), held.lease.ttl());
-        if !self.local(purpose)?.may_have_lapsed(host.now(), ttl) {
+        if !self.tables.get(purpose)?.may_have_lapsed(host.now(), ttl) {
             return None;
         }
         // What nobody took is kept by the heartbeat that is late.
         self.beat(host, purpose);
         let Stream { case, state: State::Holding(held), .. } = self.streams.get(&id)? else { return None };
-        let local = match purpose {
-            Purpose::Enforce => Some(&mut self.enforce),
-            Purpose::Audit => self.audit.as_mut(),
-        }?;
         // What cannot be read now is looked at again by the next tick, and at the end of the stream.
-        local.check(host, &case.active.rules, &held.lease).ok().flatten()
+        self.tables.get(purpose)?.check(host, &case.active.rules, &held.lease).ok().flatten()
     }
 
     /// A lease has ended while its request was upstream. From a callback of a root, or of the stream itself.
@@ -147,7 +143,7 @@ impl Runtime {
         let mode =
             held.lease.grants().iter().find(|grant| grant.name == *lock).map_or(Mode::Exclusive, |grant| grant.mode);
         let (owner, waited) = (held.lease.owner().clone(), held.waited);
-        if let Some(local) = self.local(purpose) {
+        if let Some(local) = self.tables.get(purpose) {
             // What it still holds goes with it.
             local.release(host, &case.active.rules, held.lease);
         }
@@ -170,7 +166,7 @@ impl Runtime {
     /// callback of a root may do.
     pub(super) fn beat(&mut self, host: &dyn Host, purpose: Purpose) {
         let active = Rc::clone(&self.active);
-        let Some(local) = self.local(purpose) else { return };
+        let Some(local) = self.tables.get(purpose) else { return };
         match local.beat(host, &active.rules) {
             Ok(false) => {}
             Ok(true) => drop(self.doubtful.insert(purpose, Time::ZERO)),
@@ -187,11 +183,7 @@ impl Runtime {
             if case.purpose() != purpose {
                 continue;
             }
-            let local = match purpose {
-                Purpose::Enforce => Some(&mut self.enforce),
-                Purpose::Audit => self.audit.as_mut(),
-            };
-            match local.map(|local| local.check(host, &case.active.rules, &held.lease)) {
+            match self.tables.get(purpose).map(|local| local.check(host, &case.active.rules, &held.lease)) {
                 Some(Ok(Some((lock, loss)))) => lost.push((*id, lock, loss)),
                 Some(Ok(None)) | None => {}
                 Some(Err(_)) => unknown = true,
@@ -212,8 +204,8 @@ impl Runtime {
     /// When a tick is needed. Asks the host nothing.
     pub(super) fn next_due(&self) -> Time {
         let timer = self.timers.first().map(|(due, _)| *due);
-        let beats = [Some(&self.enforce), self.audit.as_ref()].into_iter().flatten().map(Local::next_beat);
-        beats.chain(timer).chain(self.doubtful.values().copied()).min().unwrap_or(Time::NEVER)
+        let doubts = self.doubtful.values().copied();
+        timer.into_iter().chain(doubts).fold(self.tables.next_beat(), Time::min)
     }
 
     /// Sees to it that the next tick comes when it is needed.

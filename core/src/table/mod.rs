@@ -19,7 +19,7 @@ use crate::id::{LeaseId, OwnerId, SessionId};
 use crate::name::LockName;
 use crate::queue::{Entry, Queue, State};
 use crate::refusal::{Cause, Limit, Refusal};
-use crate::request::{Claim, Lease, Pending, Request, Want};
+use crate::request::{Claim, Grant, Lease, Pending, Request, Want};
 use crate::session::{Load, Sessions};
 use crate::store::{self, LockBucket, Save, Store, StoreError};
 use crate::time::{Duration, Time};
@@ -270,8 +270,8 @@ impl Table {
         self.undo(scene, &pending.claim);
     }
 
-    /// Gives a lease back. Says which of its locks had ended before.
-    pub fn release<S: Store>(&mut self, scene: &Scene<'_, S>, lease: Lease) -> Vec<LockName> {
+    /// Gives a lease back. Says which of its grants had ended before.
+    pub fn release<S: Store>(&mut self, scene: &Scene<'_, S>, lease: Lease) -> Vec<Grant> {
         self.fresh = false;
         self.undo(scene, &lease.claim)
     }
@@ -296,7 +296,8 @@ impl Table {
                         if let Err(cause) = self.check_cycle(scene, &owner, None) {
                             return self.refuse_at(scene, claim, None, cause);
                         }
-                        self.settle(scene, &want.name);
+                        // Where the store fails, those who wait find out when they are polled.
+                        let _ = self.tidy_lock(scene, &want.name, None);
                     }
                     stance = Stance::Try;
                 }
@@ -398,20 +399,25 @@ impl Table {
         Ok(self.addressed(queue, granted))
     }
 
-    /// Grants what can be granted at one lock. Where the store fails, those who wait find out when they are polled.
-    fn settle<S: Store>(&mut self, scene: &Scene<'_, S>, name: &LockName) {
+    /// As [`Table::tidy`], for one lock in the store. True if the entry of `leaving` held it.
+    fn tidy_lock<S: Store>(
+        &mut self,
+        scene: &Scene<'_, S>,
+        name: &LockName,
+        leaving: Option<LeaseId>,
+    ) -> Result<bool, StoreError> {
         let mut events = Vec::new();
-        let settled = store::update(scene.store, scene.store.bucket(name.as_str()), |locks: &mut LockBucket| {
+        let wakes = store::update(scene.store, scene.store.bucket(name.as_str()), |locks: &mut LockBucket| {
             events.clear();
             locks.with_queue(name, |queue, highest| {
-                let wakes = self.tidy(scene, queue, highest, None, &mut events)?;
+                let wakes = self.tidy(scene, queue, highest, leaving, &mut events)?;
                 Ok((wakes, Save::from(!events.is_empty())))
             })
-        });
-        if let Ok(wakes) = settled {
-            self.effects.events.append(&mut events);
-            self.effects.wakes.extend(wakes);
-        }
+        })?;
+        let held = events.iter().any(|event| matches!(event, Event::Released { .. }));
+        self.effects.events.append(&mut events);
+        self.effects.wakes.extend(wakes);
+        Ok(held)
     }
 
     fn addressed(&self, queue: &Queue, leases: Vec<LeaseId>) -> Vec<Wake> {
@@ -421,32 +427,15 @@ impl Table {
 
     /// Removes one lease from one lock. False if it held nothing there any more.
     fn give_back<S: Store>(&mut self, scene: &Scene<'_, S>, name: &LockName, lease: LeaseId) -> bool {
-        let bucket = scene.store.bucket(name.as_str());
-        let mut events = Vec::new();
-        let wakes = store::update(scene.store, bucket, |locks: &mut LockBucket| {
-            events.clear();
-            locks.with_queue(name, |queue, highest| {
-                let wakes = self.tidy(scene, queue, highest, Some(lease), &mut events)?;
-                Ok((wakes, Save::from(!events.is_empty())))
-            })
-        });
-        match wakes {
-            Ok(wakes) => {
-                let held = events.iter().any(|event| matches!(event, Event::Released { .. }));
-                self.effects.events.append(&mut events);
-                self.effects.wakes.extend(wakes);
-                held
-            }
-            Err(_) => {
-                self.debts.push(Debt::Lock { name: name.clone(), lease });
-                true
-            }
-        }
+        self.tidy_lock(scene, name, Some(lease)).unwrap_or_else(|_| {
+            self.debts.push(Debt::Lock { name: name.clone(), lease });
+            true
+        })
     }
 
     /// Gives back whatever a request has: its grants, its place in a queue, its items in the index. Says which of its
     /// grants had ended before.
-    fn undo<S: Store>(&mut self, scene: &Scene<'_, S>, claim: &Claim) -> Vec<LockName> {
+    fn undo<S: Store>(&mut self, scene: &Scene<'_, S>, claim: &Claim) -> Vec<Grant> {
         let lease = claim.request.lease;
         let ttl = claim.request.shortest_ttl();
         self.ttls.entry(ttl).and_modify(|requests| *requests = requests.saturating_sub(1));
@@ -460,7 +449,7 @@ impl Table {
         for grant in claim.grants.iter().rev() {
             self.load.locks = self.load.locks.saturating_sub(1);
             if !self.give_back(scene, &grant.name, lease) {
-                ended.push(grant.name.clone());
+                ended.push(grant.clone());
             }
         }
         if claim.indexed {

@@ -337,7 +337,7 @@ impl World {
         let held = self.workers[at].leases.remove(&lease).expect("waits");
         let ended = self.on(at, |table, scene| table.release(scene, held));
         self.end();
-        ended
+        ended.into_iter().map(|grant| grant.name).collect()
     }
 
     #[track_caller]
