@@ -1,5 +1,6 @@
 //! `cargo xtask`: the one entry for people and CI. A module a command; what they share of tools is the testkit's.
 
+mod conformance;
 mod demo;
 mod lint;
 mod soak;
@@ -29,6 +30,8 @@ struct Cli {
 enum Task {
     /// Show two services that deadlock through a real Envoy, and that do not with Interlock
     Demo(demo::DemoArgs),
+    /// Run the conformance cases against the core and a real Envoy, and print what came of them
+    Conformance(conformance::ConformanceArgs),
     /// Test everything: natively, as wasm under Node, and in a real Envoy
     Test(test::TestArgs),
     /// Put mixed contended load on a real Envoy and check what the upstream sees
@@ -42,6 +45,7 @@ enum Task {
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Task::Demo(args) => demo::run(args),
+        Task::Conformance(args) => conformance::run(&args),
         Task::Test(args) => test::run(&args),
         Task::Soak(args) => soak::run(args),
         Task::Lint => lint::run(),

@@ -13,6 +13,7 @@ use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use interlock_testkit::tools;
 
+use crate::conformance::Reports;
 use crate::wasm::{self, WasmArgs};
 
 const CORE_TARGET: &str = "wasm32-unknown-unknown";
@@ -51,6 +52,7 @@ pub fn run(args: &TestArgs) -> Result<()> {
     let wanted = |stage: &&Stage| args.only.is_empty() || args.only.contains(stage);
     let mut report = Vec::new();
     let mut failure = None;
+    let cases = Reports::new()?;
     for stage in Stage::value_variants().iter().filter(wanted) {
         if failure.is_some() {
             report.push((*stage, "not run", Duration::ZERO));
@@ -58,10 +60,11 @@ pub fn run(args: &TestArgs) -> Result<()> {
         }
         println!("\n== {}", stage.name());
         let start = Instant::now();
-        let done = stage.run(args);
+        let done = stage.run(args, &cases);
         report.push((*stage, if done.is_ok() { "ok" } else { "FAILED" }, start.elapsed()));
         failure = done.err().map(|e| e.context(format!("stage {}", stage.name())));
     }
+    cases.print()?;
     println!("\n{:<8} {:<8} {:>8}", "stage", "result", "seconds");
     for (stage, result, took) in report {
         println!("{:<8} {result:<8} {:>8.1}", stage.name(), took.as_secs_f64());
@@ -74,13 +77,13 @@ impl Stage {
         self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
     }
 
-    fn run(self, args: &TestArgs) -> Result<()> {
+    fn run(self, args: &TestArgs, cases: &Reports) -> Result<()> {
         match self {
             Stage::Tools => bring_tools(),
-            Stage::Native => native(),
+            Stage::Native => native(cases),
             Stage::Core => core(),
             Stage::Wasm => wasm::run(&WasmArgs::default()),
-            Stage::Envoy => envoy(),
+            Stage::Envoy => envoy(cases),
             Stage::Soak => itself(&["soak", "--no-build", "--seconds", &args.soak_seconds.to_string()]),
             Stage::Demo => itself(&["demo", "--no-build"]),
         }
@@ -99,9 +102,9 @@ fn bring_tools() -> Result<()> {
     Ok(())
 }
 
-fn native() -> Result<()> {
+fn native(cases: &Reports) -> Result<()> {
     let plain = test_targets()?.into_iter().filter(|name| !needs_plugin(name));
-    let mut cargo = tools::cargo();
+    let mut cargo = cases.cargo();
     cargo.args(["test", "--workspace", "--lib", "--bins"]);
     tools::run(cargo.args(plain.flat_map(|name| ["--test".to_owned(), name])))?;
     tools::run(tools::cargo().args(["test", "--workspace", "--doc"]))
@@ -116,8 +119,8 @@ fn core() -> Result<()> {
     tools::run(cargo.env(RUNNER_VARIABLE, tools::wasm_bindgen_test_runner()?))
 }
 
-fn envoy() -> Result<()> {
-    let mut cargo = tools::cargo();
+fn envoy(cases: &Reports) -> Result<()> {
+    let mut cargo = cases.cargo();
     cargo.args(["test", "--package", "interlock", "--package", "interlock-testkit"]);
     let names = test_targets()?.into_iter().filter(|name| needs_plugin(name));
     cargo.args(names.flat_map(|name| ["--test".to_owned(), name])).env("ENVOY", tools::envoy()?);

@@ -40,11 +40,15 @@ impl Caller {
         Caller { requests, connection, address, owner }
     }
 
-    /// Sends a GET behind all that was sent before. Aborting the task resets the stream.
-    pub fn send(&self, path: &str, lock: Option<&str>) -> JoinHandle<Result<Answer>> {
+    /// Sends a GET of the owner behind all that was sent before, with this `lock` and this `lock-fence`. Aborting the task
+    /// resets the stream.
+    pub fn send(&self, path: &str, lock: Option<&str>, fence: Option<&str>) -> JoinHandle<Result<Answer>> {
         let mut request = Request::get(format!("http://{}{path}", self.address));
-        if let Some(lock) = lock {
-            request = request.header("traceparent", traceparent(self.owner)).header("lock", lock);
+        request = request.header("traceparent", traceparent(self.owner));
+        for (name, value) in [("lock", lock), ("lock-fence", fence)] {
+            if let Some(value) = value {
+                request = request.header(name, value);
+            }
         }
         let request = request.body(()).expect("a request");
         // A clone waits for no other stream. The place in the order is taken by this call, not by the task.
@@ -55,7 +59,7 @@ impl Caller {
 
     /// Waits until the worker has dealt with all requests so far.
     pub async fn settle(&self) {
-        let answer = self.send(SETTLED, None).await.expect("a task").expect("an answer");
+        let answer = self.send(SETTLED, None, None).await.expect("a task").expect("an answer");
         assert_eq!(answer.status, 204, "{}", answer.text());
     }
 
