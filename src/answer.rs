@@ -105,6 +105,7 @@ impl Reject {
                     (429, grpc::RESOURCE_EXHAUSTED, "Too many wait")
                 }
                 Cause::Limit { .. } => (429, grpc::RESOURCE_EXHAUSTED, "Too many locks"),
+                Cause::Grace { .. } => (503, grpc::UNAVAILABLE, "The lock table has just started"),
                 Cause::Backend { .. } => (503, grpc::UNAVAILABLE, "The lock table did not answer"),
             },
         };
@@ -171,6 +172,7 @@ impl Reject {
             Cause::Held { retry_after, .. } | Cause::WaitTimeout { retry_after, .. } => {
                 Some((*retry_after).max(Duration::from_millis(1)))
             }
+            Cause::Grace { left } => Some((*left).max(Duration::from_millis(1))),
             // The same request is over this limit for ever.
             Cause::Limit { limit: Limit::LocksPerRequest, .. } => None,
             Cause::Limit { .. } | Cause::Backend { .. } => Some(RETRY),
@@ -298,6 +300,11 @@ fn refusal_detail(refusal: &Refusal) -> String {
             Loss::HoldLimit => format!("{owner} held {lock} for as long as a lease may be renewed (hold)"),
             Loss::Expired => format!("the lease of {owner} on {lock} was not renewed within its ttl"),
         },
+        Cause::Grace { left } => format!(
+            "{lock}: the lock table has lost its memory in a restart and grants nothing for another {} s, so that leases from before \
+             can be renewed",
+            headers::decimal_seconds(*left)
+        ),
         Cause::Backend { detail } => format!("{lock}: {detail}"),
     }
 }

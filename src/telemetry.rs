@@ -315,7 +315,7 @@ mod tests {
             let tally = Tally { held: *held, waiting: *waiting };
             ((*class).to_owned(), tally)
         });
-        Census { locks: 5, owners: 3, classes: tallies.collect() }
+        Census { locks: 5, detached: 0, owners: 3, classes: tallies.collect() }
     }
 
     #[test]

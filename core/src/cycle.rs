@@ -173,6 +173,7 @@ mod tests {
                 mode: Mode::Exclusive,
                 reentrant: true,
                 session: SessionId::NONE,
+                detached: false,
                 ttl: Duration::MAX,
                 asked_by: String::new(),
                 state,

@@ -8,6 +8,7 @@ pub mod class;
 pub mod cycle;
 pub mod fence;
 pub mod id;
+pub mod lease;
 pub mod mem;
 pub mod mode;
 pub mod name;

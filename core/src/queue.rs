@@ -23,8 +23,10 @@ pub struct Entry {
     pub mode: Mode,
     /// Whether the owner's other entries on this lock let it pass (re-entry, upgrade).
     pub reentrant: bool,
-    /// Who keeps it alive.
+    /// Who keeps it alive, and where a waiter is woken.
     pub session: SessionId,
+    /// Whether a grant lives by its own renewals, and its session's heartbeat is no matter to it.
+    pub detached: bool,
     /// How long a grant outlives its last renewal.
     pub ttl: Duration,
     /// Who asked: a route or a workload, for people to read.
@@ -71,11 +73,20 @@ impl Entry {
         matches!(self.state, State::Held { .. })
     }
 
+    /// The fence that it holds the lock under; none for a waiter.
+    pub fn fence(&self) -> Option<Fence> {
+        match self.state {
+            State::Held { fence, .. } => Some(fence),
+            State::Waiting { .. } => None,
+        }
+    }
+
     /// When it ends if nothing is heard of it any more: a grant's TTL and hold limit, a waiter's deadline, or sooner
     /// if the waiter's session is dead. Never later than it may live, and never sooner than it must.
     pub fn ends(&self, sessions: &Sessions) -> Time {
         let beat = sessions.member(self.session).map(|member| member.beat);
         match self.state {
+            State::Held { renewed, until, .. } if self.detached => (renewed + self.ttl).min(until),
             State::Held { renewed, until, .. } => (beat.unwrap_or(renewed).max(renewed) + self.ttl).min(until),
             State::Waiting { since, deadline, .. } if self.session == SessionId::NONE => deadline.max(since),
             State::Waiting { since, deadline, .. } => (beat.unwrap_or(since).max(since) + DEAD_AFTER).min(deadline),
@@ -165,6 +176,33 @@ impl Queue {
         let plain = |entry: &Entry| matches!(entry.state, State::Waiting { upgrade: false, .. });
         let place = if upgrades { self.entries.iter().position(plain) } else { None };
         self.entries.insert(place.unwrap_or(self.entries.len()), entry);
+    }
+
+    /// Puts back a grant of an earlier table, under the fence that it had. Holders that it conflicts with and whose fence is
+    /// lower go: it was granted after they had ended. False, and nothing changed, if one has a higher fence, since then the
+    /// same is true the other way round; true also where the grant is there already.
+    pub fn restore(&mut self, entry: Entry, permits: u32) -> bool {
+        if let Some(known) = self.entry(entry.lease) {
+            return known.is_held();
+        }
+        let mine = entry.fence();
+        let mut rivals: Vec<(Option<Fence>, LeaseId)> = if permits > 1 {
+            self.holders().map(|held| (held.fence(), held.lease)).collect()
+        } else {
+            let rivals = self.holders().filter(|held| held.conflicts(&entry));
+            rivals.map(|held| (held.fence(), held.lease)).collect()
+        };
+        // Where permits are counted only those too many are rivals: the oldest grants.
+        rivals.sort_unstable();
+        let room = if permits > 1 { usize::try_from(permits).unwrap_or(usize::MAX).saturating_sub(1) } else { 0 };
+        rivals.truncate(rivals.len().saturating_sub(room));
+        if rivals.iter().any(|(fence, _)| *fence >= mine) {
+            return false;
+        }
+        self.entries.retain(|held| !rivals.iter().any(|(_, lease)| *lease == held.lease));
+        let place = self.entries.iter().position(|other| !other.is_held()).unwrap_or(self.entries.len());
+        self.entries.insert(place, entry);
+        true
     }
 
     /// Removes the entry of a lease, whether it holds or waits.
@@ -289,6 +327,7 @@ mod tests {
                 mode,
                 reentrant,
                 session: SessionId::NONE,
+                detached: false,
                 ttl: second,
                 asked_by: String::new(),
                 state,

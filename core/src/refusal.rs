@@ -66,7 +66,7 @@ impl Limit {
 }
 
 /// Why a lease ended before its holder gave it back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Loss {
     /// It had been renewed for as long as it may be.
     HoldLimit,
@@ -125,6 +125,11 @@ pub enum Cause {
         /// How.
         loss: Loss,
     },
+    /// The table is new and may yet learn of leases that are older than it is: for now it grants nothing.
+    Grace {
+        /// For how long yet.
+        left: Duration,
+    },
     /// The store of the table did not do its part.
     Backend {
         /// What went wrong, for people to read.
@@ -156,7 +161,7 @@ impl Cause {
             Cause::Limit { limit: Limit::WaitersPerLock | Limit::Waiters | Limit::WaitChain, .. } => "too-many-waiters",
             Cause::Limit { .. } => "too-many-locks",
             Cause::LeaseLost { .. } => "lease-lost",
-            Cause::Backend { .. } => "backend-unavailable",
+            Cause::Grace { .. } | Cause::Backend { .. } => "backend-unavailable",
         }
     }
 }

@@ -3,6 +3,8 @@
 //! A request is a [`Request`] until it is asked for, a [`Pending`] while it waits, a [`Lease`] while it holds. Each
 //! is consumed by what ends it, so that nothing ends twice. What moves them on is [`crate::table`].
 
+use serde::{Deserialize, Serialize};
+
 use crate::class::Classes;
 use crate::fence::Fence;
 use crate::id::{LeaseId, OwnerId};
@@ -11,7 +13,7 @@ use crate::name::LockName;
 use crate::time::{Duration, Time};
 
 /// One lock that a request asks for.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Want {
     /// Which lock.
     pub name: LockName,
@@ -26,15 +28,16 @@ pub struct Want {
 }
 
 /// A request as it comes in.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Request {
     pub(crate) lease: LeaseId,
     pub(crate) owner: OwnerId,
     pub(crate) reentrant: bool,
+    pub(crate) detached: bool,
     pub(crate) asked_by: String,
     pub(crate) arrived: Time,
     pub(crate) wants: Vec<Want>,
-    asked: Vec<LockName>,
+    pub(crate) asked: Vec<LockName>,
 }
 
 impl Request {
@@ -67,13 +70,21 @@ impl Request {
             }
             same
         });
-        Request { lease, owner, reentrant: true, asked_by: String::new(), arrived, wants: all, asked }
+        Request { lease, owner, reentrant: true, detached: false, asked_by: String::new(), arrived, wants: all, asked }
     }
 
     /// Whether the owner's other leases let this one pass (the default), or it waits for them as for anyone's.
     #[must_use]
     pub fn reentrant(mut self, reentrant: bool) -> Self {
         self.reentrant = reentrant;
+        self
+    }
+
+    /// Makes its grants live by renewals of their own instead of the worker's heartbeat, so that the lease is nobody's in
+    /// particular: any worker may renew it or give it back. While it waits it hangs on the worker that it waits at.
+    #[must_use]
+    pub fn detached(mut self) -> Self {
+        self.detached = true;
         self
     }
 
@@ -101,7 +112,7 @@ impl Request {
 }
 
 /// One lock that a lease holds.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Grant {
     /// The lock.
     pub name: LockName,
@@ -118,7 +129,7 @@ pub struct Grant {
 }
 
 /// A request under way: what it wants and what it has.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Claim {
     pub(crate) request: Request,
     pub(crate) grants: Vec<Grant>,
@@ -139,6 +150,16 @@ impl Claim {
     /// The lock to take next: grants are made in the order of the wants.
     pub(crate) fn next(&self) -> Option<&Want> {
         self.request.wants.get(self.grants.len())
+    }
+
+    /// When the first of its grants ends, renewed or not.
+    pub(crate) fn until(&self) -> Time {
+        self.grants.iter().map(|grant| grant.until).min().unwrap_or(Time::NEVER)
+    }
+
+    /// The shortest TTL among its grants.
+    pub(crate) fn ttl(&self) -> Duration {
+        self.grants.iter().map(|grant| grant.ttl).min().unwrap_or(Duration::MAX)
     }
 
     /// Whether a wait for the next lock can be seen by those who search for cycles.
@@ -221,11 +242,11 @@ impl Lease {
 
     /// When the first of its locks ends, renewed or not.
     pub fn until(&self) -> Time {
-        self.claim.grants.iter().map(|grant| grant.until).min().unwrap_or(Time::NEVER)
+        self.claim.until()
     }
 
     /// The shortest TTL among its locks.
     pub fn ttl(&self) -> Duration {
-        self.claim.grants.iter().map(|grant| grant.ttl).min().unwrap_or(Duration::MAX)
+        self.claim.ttl()
     }
 }

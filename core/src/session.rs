@@ -53,6 +53,8 @@ pub struct Sessions {
     house: Option<House>,
     longest_ttl: Duration,
     revived: Time,
+    born: Option<Time>,
+    detached: u32,
 }
 
 /// Who keeps house, and whether it serves no requests.
@@ -68,6 +70,7 @@ impl Sessions {
         // Wrapping cannot happen in a process's life; skipping NONE keeps even that harmless.
         self.last = self.last.wrapping_add(1).max(1);
         let id = SessionId(self.last);
+        self.be_born(now);
         self.members.push(Member { id, beat: now, mailbox, load: Load::default() });
         id
     }
@@ -85,6 +88,27 @@ impl Sessions {
             }
             None => false,
         }
+    }
+
+    /// Notes when the table came into being, unless that is known.
+    pub fn be_born(&mut self, now: Time) {
+        self.born.get_or_insert(now);
+    }
+
+    /// How much is left of a grace period of this length, which begins with the table. All of it as long as the table has
+    /// not come into being.
+    pub fn grace_left(&self, grace: Duration, now: Time) -> Duration {
+        self.born.map_or(grace, |born| (born + grace).since(now))
+    }
+
+    /// Notes how many locks leases hold that hang on no session, as of a sweep.
+    pub fn count_detached(&mut self, locks: u32) {
+        self.detached = locks;
+    }
+
+    /// How many locks leases hold that hang on no session, as of the last sweep.
+    pub fn detached(&self) -> u32 {
+        self.detached
     }
 
     /// Notes the longest TTL that somebody's rules allow. Members under several rules share the record.

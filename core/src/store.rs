@@ -47,6 +47,8 @@ pub enum Kind {
     Locks,
     /// [`OwnerBucket`]
     Owners,
+    /// [`crate::lease::LeaseBucket`]
+    Leases,
     /// [`Sessions`], of which there is one.
     Sessions,
 }

@@ -24,7 +24,7 @@ use crate::host::{Cas, Expected, Host, HostError, QueueId, Stored};
 const BUCKETS: u32 = 1024;
 
 /// The first byte of every record, and part of every key: a plugin with another format is another table.
-const FORMAT: u8 = 1;
+const FORMAT: u8 = 2;
 
 /// How many buckets are swept at a time; all of them are swept about once a second.
 const SWEEP_STEP: u32 = BUCKETS / 4;
@@ -72,6 +72,7 @@ impl Space {
         match kind {
             Kind::Locks => format!("{}/l/{index}", self.prefix),
             Kind::Owners => format!("{}/o/{index}", self.prefix),
+            Kind::Leases => format!("{}/a/{index}", self.prefix),
             Kind::Sessions => format!("{}/s", self.prefix),
         }
     }

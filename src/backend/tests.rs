@@ -19,7 +19,7 @@ fn rules() -> Rules {
         waiters: 100,
         longest_ttl: Duration::from_secs(60),
     };
-    Rules { classes: Classes::default(), limits }
+    Rules { classes: Classes::default(), limits, grace: Duration::ZERO }
 }
 
 fn request(lease: LeaseId, owner: &str, lock: &str, now: Time, wait: Duration) -> Request {

@@ -56,7 +56,8 @@ impl Active {
             waiters: policy.limits.waiters,
             longest_ttl: policy.limits.max_ttl,
         };
-        let rules = Rules { classes: policy.classes.clone(), limits };
+        // No lease outlives the process that the local table lives in.
+        let rules = Rules { classes: policy.classes.clone(), limits, grace: Duration::ZERO };
         let telemetry = Telemetry::new(policy.classes.names().map(str::to_owned), &policy.instance);
         let audits = policy.enforcement == Enforcement::Audit
             || policy.rules.iter().any(|rule| rule.enforcement == Enforcement::Audit);

@@ -129,7 +129,7 @@ impl Table {
         Taken::Queued { poll_at: first_end.unwrap_or(Time::NEVER), anew: !stood, before_waiters }
     }
 
-    pub(super) fn entry<S: Store>(&self, scene: &Scene<'_, S>, claim: &Claim, want: &Want) -> Entry {
+    pub(crate) fn entry<S: Store>(&self, scene: &Scene<'_, S>, claim: &Claim, want: &Want) -> Entry {
         let request = &claim.request;
         let deadline = request.arrived + want.wait;
         // An attempt that does not wait still has to outlive the moment in which it is made.
@@ -140,6 +140,7 @@ impl Table {
             mode: want.mode,
             reentrant: request.reentrant,
             session: self.me,
+            detached: request.detached,
             ttl: want.ttl,
             asked_by: request.asked_by.clone(),
             state: State::Waiting { since: scene.now, deadline, hold: want.hold, upgrade: false },

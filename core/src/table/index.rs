@@ -114,7 +114,7 @@ impl Table {
 }
 
 /// The index items of a request; `waiting` is the want that it is about to wait for.
-fn items_of(
+pub(crate) fn items_of(
     request: &Request,
     session: SessionId,
     waiting: Option<usize>,

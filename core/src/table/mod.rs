@@ -4,159 +4,37 @@
 //! owner is written before a lock is taken (so that it never misses anything), a wait is published before cycles are
 //! searched, and whatever a refused request has is given back. No clock is read: a [`Scene`] says what time it is.
 
-use crate::class::Classes;
 mod attempt;
 mod deadlock;
 mod index;
+mod terms;
 mod upkeep;
 
 use std::collections::BTreeMap;
 
 use attempt::{Stance, Taken};
+pub(crate) use index::items_of;
+pub use terms::{Census, Effects, Event, Limits, Outcome, Rules, Scene, Tally, Wake};
 
 use crate::fence::Fence;
 use crate::id::{LeaseId, OwnerId, SessionId};
 use crate::name::LockName;
-use crate::queue::{Entry, Queue, State};
+use crate::queue::{Queue, State};
 use crate::refusal::{Cause, Limit, Refusal};
 use crate::request::{Claim, Grant, Lease, Pending, Request, Want};
 use crate::session::{Load, Sessions};
 use crate::store::{self, LockBucket, Save, Store, StoreError};
 use crate::time::{Duration, Time};
 
-/// Bounds on what one table takes in.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Limits {
-    /// Locks that one owner may hold and wait for, over all its requests. None: not counted.
-    pub locks_per_owner: Option<u32>,
-    /// Requests that may wait for one lock.
-    pub waiters_per_lock: u32,
-    /// Locks that may be held in all. What other sessions hold is known as of their last heartbeat, so this may be
-    /// overshot by what they took since.
-    pub locks: u32,
-    /// Requests that may wait in all, known as well as `locks`.
-    pub waiters: u32,
-    /// The longest TTL that a lease may have: a session that has been silent for longer is forgotten.
-    pub longest_ttl: Duration,
-}
-
-/// The rules of a policy that the table enforces.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Rules {
-    /// What is known of each class of locks.
-    pub classes: Classes,
-    /// Bounds.
-    pub limits: Limits,
-}
-
-/// Where and when something happens.
-pub struct Scene<'a, S> {
-    /// Where the table is.
-    pub store: &'a S,
-    /// The rules that the request in question comes under.
-    pub rules: &'a Rules,
-    /// The moment, on the clock that all who share the table share.
-    pub now: Time,
-    /// The wall clock, in microseconds since 1970: the floor of new fences.
-    pub unix_micros: u64,
-}
-
-/// Something that happened to the table, to be counted or told.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Event {
-    /// A request stands in a queue.
-    Queued {
-        /// Of this lock.
-        lock: LockName,
-    },
-    /// A waiter left a queue without a grant.
-    Left {
-        /// Of this lock.
-        lock: LockName,
-    },
-    /// A lock was granted.
-    Granted {
-        /// Which.
-        lock: LockName,
-        /// Whether to one that had stood in the queue.
-        queued: bool,
-    },
-    /// A lock was given back.
-    Released {
-        /// Which.
-        lock: LockName,
-        /// How long it was held.
-        held_for: Duration,
-    },
-    /// A grant ended by its TTL or hold limit before it was given back.
-    Expired {
-        /// Of this lock.
-        lock: LockName,
-        /// The entry that it was.
-        entry: Entry,
-        /// How long it was held.
-        held_for: Duration,
-    },
-}
-
-/// A waiter that was granted its lock and must be told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Wake {
-    /// Where it lives.
-    pub session: SessionId,
-    /// Who it is.
-    pub lease: LeaseId,
-}
-
-/// What the caller has to do and to count after an operation.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Effects {
-    /// Whom to wake.
-    pub wakes: Vec<Wake>,
-    /// What happened, in order.
-    pub events: Vec<Event>,
-}
-
-/// What became of a request.
-#[derive(Debug)]
-pub enum Outcome {
-    /// It holds all its locks.
-    Granted(Lease),
-    /// It stands in a queue.
-    Waiting(Pending),
-    /// It holds nothing and stands nowhere.
-    Refused(Refusal),
-}
-
-/// What sweeps found in the buckets they went through, after removing what had ended.
-#[derive(Clone, Debug, PartialEq, Eq, Default)]
-pub struct Census {
-    /// Locks that are held or waited for.
-    pub locks: u64,
-    /// Owners in the index.
-    pub owners: u64,
-    /// How often locks of a class are held and waited for.
-    pub classes: BTreeMap<String, Tally>,
-}
-
-/// How often the locks of one class are held and waited for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub struct Tally {
-    /// Grants.
-    pub held: u64,
-    /// Waiters.
-    pub waiting: u64,
-}
-
 /// What could not be removed because the store failed, and is tried again.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum Debt {
     Lock { name: LockName, lease: LeaseId },
     Owner { owner: OwnerId, lease: LeaseId },
 }
 
 /// One worker's view of a table.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Table {
     me: SessionId,
     sessions: Sessions,
@@ -217,9 +95,16 @@ impl Table {
     pub fn acquire<S: Store>(&mut self, scene: &Scene<'_, S>, request: Request) -> Outcome {
         self.fresh = false;
         let mut claim = Claim::new(request);
-        *self.ttls.entry(claim.request.shortest_ttl()).or_default() += 1;
+        if !claim.request.detached {
+            *self.ttls.entry(claim.request.shortest_ttl()).or_default() += 1;
+        }
+        match self.grace_left(scene) {
+            Ok(Duration::ZERO) => {}
+            Ok(left) => return self.refuse(scene, claim, Cause::Grace { left }),
+            Err(error) => return self.refuse(scene, claim, error.into()),
+        }
         let others = self.sessions.load_of_others(self.me, scene.now);
-        let locks = u64::from(self.load.locks) + u64::from(others.locks);
+        let locks = u64::from(self.load.locks) + u64::from(others.locks) + u64::from(self.sessions.detached());
         let wanted = u64::try_from(claim.request.wants.len()).unwrap_or(u64::MAX);
         if locks.saturating_add(wanted) > u64::from(scene.rules.limits.locks) {
             let cause = Cause::Limit { limit: Limit::Locks, value: u64::from(scene.rules.limits.locks) };
@@ -235,6 +120,19 @@ impl Table {
             }
         }
         self.advance(scene, claim, None)
+    }
+
+    /// For how long yet the table grants nothing, because leases that are older than it may come to be renewed.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn grace_left<S: Store>(&mut self, scene: &Scene<'_, S>) -> Result<Duration, StoreError> {
+        let left = self.sessions.grace_left(scene.rules.grace, scene.now);
+        if left.is_zero() {
+            return Ok(left);
+        }
+        self.refresh(scene)?;
+        Ok(self.sessions.grace_left(scene.rules.grace, scene.now))
     }
 
     /// Looks after a request that waits: it goes on waiting, or it is granted, or its time is up.
@@ -259,7 +157,8 @@ impl Table {
 
     /// When a request that waits must renew what it holds already: never, if its session's heartbeat does.
     fn renew_at<S: Store>(&self, scene: &Scene<'_, S>, claim: &Claim) -> Time {
-        let ttl = claim.grants.iter().map(|grant| grant.ttl).min().filter(|_| self.me == SessionId::NONE);
+        let renewable = self.me == SessionId::NONE || claim.request.detached;
+        let ttl = claim.grants.iter().map(|grant| grant.ttl).min().filter(|_| renewable);
         ttl.map_or(Time::NEVER, |ttl| scene.now + ttl / 3)
     }
 
@@ -289,7 +188,8 @@ impl Table {
             match taken {
                 Taken::Granted { fence, until, over_waiters } => {
                     claim.push(fence, until);
-                    self.load.locks += 1;
+                    // What is detached is counted by the sweep: another worker may be the one to give it back.
+                    self.load.locks += u32::from(!claim.request.detached);
                     // An upgrade that goes ahead of waiters draws edges from them to its owner. If that owner waits
                     // elsewhere, in another request, they may close a cycle.
                     if over_waiters {
@@ -367,6 +267,29 @@ impl Table {
         Ok(changed)
     }
 
+    /// Notes a waiter to be told something.
+    pub(crate) fn wake(&mut self, wake: Wake) {
+        self.effects.wakes.push(wake);
+    }
+
+    /// A request that waited here was ended elsewhere.
+    pub(crate) fn forget_waiter(&mut self) {
+        self.load.waiters = self.load.waiters.saturating_sub(1);
+    }
+
+    /// Whether a session has not been heard of for so long that nobody will move on what waits there.
+    pub(crate) fn is_dead<S: Store>(&mut self, scene: &Scene<'_, S>, session: SessionId) -> Result<bool, StoreError> {
+        let dead = |sessions: &Sessions| {
+            session != SessionId::NONE && !sessions.member(session).is_some_and(|member| member.is_alive(scene.now))
+        };
+        if !dead(&self.sessions) {
+            return Ok(false);
+        }
+        self.fresh = false;
+        self.refresh(scene)?;
+        Ok(dead(&self.sessions))
+    }
+
     /// Reads the sessions, unless this operation has done so already.
     fn refresh<S: Store>(&mut self, scene: &Scene<'_, S>) -> Result<(), StoreError> {
         if !self.fresh {
@@ -437,9 +360,11 @@ impl Table {
     /// grants had ended before.
     fn undo<S: Store>(&mut self, scene: &Scene<'_, S>, claim: &Claim) -> Vec<Grant> {
         let lease = claim.request.lease;
-        let ttl = claim.request.shortest_ttl();
-        self.ttls.entry(ttl).and_modify(|requests| *requests = requests.saturating_sub(1));
-        self.ttls.retain(|_, requests| *requests > 0);
+        if !claim.request.detached {
+            let ttl = claim.request.shortest_ttl();
+            self.ttls.entry(ttl).and_modify(|requests| *requests = requests.saturating_sub(1));
+            self.ttls.retain(|_, requests| *requests > 0);
+        }
         if claim.is_published()
             && let Some(want) = claim.next()
         {
@@ -447,7 +372,7 @@ impl Table {
         }
         let mut ended = Vec::new();
         for grant in claim.grants.iter().rev() {
-            self.load.locks = self.load.locks.saturating_sub(1);
+            self.load.locks = self.load.locks.saturating_sub(u32::from(!claim.request.detached));
             if !self.give_back(scene, &grant.name, lease) {
                 ended.push(grant.clone());
             }

@@ -7,7 +7,7 @@ use crate::id::{OwnerId, SessionId};
 use crate::name::LockName;
 use crate::queue::{Entry, Queue, State};
 use crate::refusal::Loss;
-use crate::request::{Claim, Lease};
+use crate::request::{Claim, Lease, Request};
 use crate::session::{DEAD_AFTER, Sessions};
 use crate::store::{self, LockBucket, OwnerBucket, Save, Store, StoreError};
 use crate::time::{Duration, Time};
@@ -83,7 +83,7 @@ impl Table {
         Ok(lost)
     }
 
-    pub(super) fn renew_claim<S: Store>(
+    pub(crate) fn renew_claim<S: Store>(
         &mut self,
         scene: &Scene<'_, S>,
         claim: &Claim,
@@ -94,8 +94,8 @@ impl Table {
         for grant in &claim.grants {
             let (bucket, id) = (scene.store.bucket(grant.name.as_str()), claim.request.lease);
             let held = store::update(scene.store, bucket, |locks: &mut LockBucket| {
-                let valid = |entry: &&Entry| entry.is_held() && entry.ends(&self.sessions) > scene.now;
-                if locks.queue(&grant.name).and_then(|queue| queue.entry(id)).filter(valid).is_none() {
+                let entry = locks.queue(&grant.name).and_then(|queue| queue.entry(id));
+                if !entry.is_some_and(|entry| self.is_valid(scene, entry)) {
                     return Ok((false, Save::No));
                 }
                 let changed = locks.with_queue(&grant.name, |queue, _| {
@@ -109,6 +109,25 @@ impl Table {
             }
         }
         Ok(None)
+    }
+
+    /// Whether a claim holds all that it was granted.
+    pub(crate) fn still_holds<S: Store>(&mut self, scene: &Scene<'_, S>, claim: &Claim) -> Result<bool, StoreError> {
+        self.fresh = false;
+        self.refresh(scene)?;
+        for grant in &claim.grants {
+            let (locks, _) = scene.store.read::<LockBucket>(scene.store.bucket(grant.name.as_str()))?;
+            let entry = locks.queue(&grant.name).and_then(|queue| queue.entry(claim.request.lease));
+            if !entry.is_some_and(|entry| self.is_valid(scene, entry)) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Whether an entry holds its lock now, by the sessions as last read.
+    fn is_valid<S: Store>(&self, scene: &Scene<'_, S>, entry: &Entry) -> bool {
+        entry.is_held() && entry.ends(&self.sessions) > scene.now
     }
 
     /// Breaks the glass: takes a lock away from whoever holds it, and raises its fence, so that a resource that hears
@@ -155,7 +174,7 @@ impl Table {
         self.fresh = false;
         let mut events = Vec::new();
         let mut wakes = Vec::new();
-        let (locks, tallies) = store::update(scene.store, bucket, |locks: &mut LockBucket| {
+        let (counted, tallies) = store::update(scene.store, bucket, |locks: &mut LockBucket| {
             (events, wakes) = (Vec::new(), Vec::new());
             let mut outcome = Ok(());
             locks.with_queues(|queue, highest| {
@@ -179,7 +198,8 @@ impl Table {
             });
             Ok((count(owners.holdings().len()), Save::from(outcome?)))
         })?;
-        census.locks += locks;
+        census.locks += counted.locks;
+        census.detached += counted.detached;
         census.owners += owners;
         for (class, tally) in tallies {
             let sum = census.classes.entry(class).or_default();
@@ -187,6 +207,33 @@ impl Table {
             sum.waiting += tally.waiting;
         }
         Ok(())
+    }
+
+    /// Lets all workers know what a sweep that has been all round counted, as far as limits depend on it.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn publish_census<S: Store>(&mut self, scene: &Scene<'_, S>, census: &Census) -> Result<(), StoreError> {
+        let detached = u32::try_from(census.detached).unwrap_or(u32::MAX);
+        if detached == self.sessions.detached() {
+            return Ok(());
+        }
+        store::update(scene.store, 0, |sessions: &mut Sessions| {
+            sessions.count_detached(detached);
+            Ok(((), Save::Yes))
+        })?;
+        self.sessions.count_detached(detached);
+        Ok(())
+    }
+
+    /// Removes a lease from every lock that its request names, and from the index, whoever put it there and however far
+    /// it had come. Says at how many locks it still held something.
+    pub(crate) fn uproot<S: Store>(&mut self, scene: &Scene<'_, S>, request: &Request) -> usize {
+        self.fresh = false;
+        let lease = request.lease;
+        let held = request.wants.iter().rev().filter(|want| self.give_back(scene, &want.name, lease)).count();
+        self.delist(scene, &request.owner, lease);
+        held
     }
 
     /// Tries again to remove what could not be removed when it should have been. True when nothing is left to do.
@@ -225,7 +272,8 @@ impl Table {
 /// Renews what lives by its own renewals, and sets the TTL where there is a new one. False if nothing changed.
 fn renew_entry(entry: &mut Entry, ttl: Option<Duration>, now: Time) -> bool {
     let mut changed = false;
-    if let (SessionId::NONE, State::Held { renewed, .. }) = (entry.session, &mut entry.state) {
+    let renewable = entry.detached || entry.session == SessionId::NONE;
+    if let (true, State::Held { renewed, .. }) = (renewable, &mut entry.state) {
         *renewed = now;
         changed = true;
     }
@@ -237,12 +285,21 @@ fn renew_entry(entry: &mut Entry, ttl: Option<Duration>, now: Time) -> bool {
 }
 
 /// The locks of a bucket, in all and by class.
-fn tally(bucket: &LockBucket) -> (u64, Vec<(String, Tally)>) {
+fn tally(bucket: &LockBucket) -> (Counted, Vec<(String, Tally)>) {
     let of = |queue: &Queue| {
         let tally = Tally { held: count(queue.holders().count()), waiting: count(queue.waiters().count()) };
         (queue.name.class().to_owned(), tally)
     };
-    (count(bucket.queues().len()), bucket.queues().iter().map(of).collect())
+    let holders = bucket.queues().iter().flat_map(Queue::holders);
+    let detached = count(holders.filter(|entry| entry.detached).count());
+    let counted = Counted { locks: count(bucket.queues().len()), detached };
+    (counted, bucket.queues().iter().map(of).collect())
+}
+
+/// What one bucket adds to a census, classes aside.
+struct Counted {
+    locks: u64,
+    detached: u64,
 }
 
 fn count(things: usize) -> u64 {

@@ -47,7 +47,7 @@ pub fn rules() -> Rules {
         waiters: 10_000,
         longest_ttl: Duration::from_secs(60),
     };
-    Rules { classes: Classes::default(), limits }
+    Rules { classes: Classes::default(), limits, grace: Duration::ZERO }
 }
 
 /// What is asked for, with defaults that do not get in the way.

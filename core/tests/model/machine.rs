@@ -110,7 +110,7 @@ impl Machine {
             Limits { locks_per_owner: None, waiters_per_lock: 100, locks: 100, waiters: 100, longest_ttl: LONG };
         // One owner more, who holds what is to be waited for on records of its own.
         Machine {
-            rules: Rules { classes: Classes::default(), limits },
+            rules: Rules { classes: Classes::default(), limits, grace: Duration::ZERO },
             owners: (0..=owners).map(|owner| OwnerId::new(&format!("o{owner}")).unwrap()).collect(),
             names: (0..locks).map(|lock| LockName::parse(&lock.to_string()).unwrap()).collect(),
             time,
@@ -164,6 +164,7 @@ impl Machine {
             mode: mode(slot.exclusive),
             reentrant: true,
             session: SessionId::NONE,
+            detached: false,
             ttl: SHORT,
             asked_by: String::new(),
             state,
