@@ -48,7 +48,7 @@ fn a_vm_that_only_tries_a_configuration_leaves_no_trace() {
     let proxy = FakeProxy::new();
     let host = proxy.host();
     let local = open(&host);
-    assert_eq!(proxy.shared().into_keys().collect::<Vec<_>>(), ["interlock/1/t/enforce/seed"]);
+    assert_eq!(proxy.shared().into_keys().collect::<Vec<_>>(), ["interlock/2/t/enforce/seed"]);
     assert_eq!(local.mailbox(), None);
     drop(local);
     let seed = proxy.shared();
