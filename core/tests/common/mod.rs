@@ -395,7 +395,11 @@ impl World {
                 self.lost.push((id, name, loss));
                 self.on(at, |table, scene| table.release(scene, lease));
             }
-            Ok(None) | Err(_) => drop(self.workers[at].leases.insert(id, lease)),
+            Ok(lost) => {
+                assert!(lost.is_none() && lease.until() > self.now, "renewed past its hold limit: {lease:?}");
+                self.workers[at].leases.insert(id, lease);
+            }
+            Err(_) => drop(self.workers[at].leases.insert(id, lease)),
         }
     }
 

@@ -1,7 +1,10 @@
 //! Deadlocks.
 
-use crate::common::{IS, IX, S, SIX, World, X, ask, ms};
-use interlock_core::session::DEAD_AFTER;
+use crate::common::{IS, IX, S, SIX, World, X, ask, lock, ms, owner, rules};
+use interlock_core::cycle::MAX_OWNERS;
+use interlock_core::session::{BEAT, DEAD_AFTER};
+use interlock_core::store::{LockBucket, Store};
+use interlock_core::{Cause, Entry, Fence, LeaseId, Limit, SessionId, State};
 #[cfg(target_arch = "wasm32")]
 use wasm_bindgen_test::wasm_bindgen_test as test;
 
@@ -128,4 +131,48 @@ fn a_wait_that_has_ended_closes_nothing() {
     w.advance(DEAD_AFTER);
     w.ask(third, &ask("b").lock("l/1", X)).waits();
     w.finish();
+}
+
+#[test]
+fn who_was_taken_for_dead_and_comes_back_finds_the_cycle_that_nobody_saw() {
+    // The one worker that sweeps is the one that stalls: what it waits for stays in its queue.
+    let mut w = World::with(rules(), 1, 1);
+    w.ask(0, &ask("a").lock("l/1", X).ttl(ms(60_000))).granted();
+    w.ask(1, &ask("b").lock("l/2", X).ttl(ms(60_000))).granted();
+    let away = w.ask(0, &ask("a").lock("l/2", X)).waits();
+    w.stall(0);
+    w.advance(DEAD_AFTER + BEAT);
+    w.ask(1, &ask("b").lock("l/1", X)).waits();
+    w.resume(0);
+    let (lease, refusal) = w.refused.first().expect("both wait for each other");
+    assert_eq!((*lease, refusal.cause.slug()), (away, "deadlock"));
+    w.finish();
+}
+
+#[test]
+fn past_the_bound_of_a_search_nobody_may_wait() {
+    let mut w = World::with(rules(), 0, 1);
+    // More readers than a search looks at; they are written past the table, which would take its time.
+    w.checks = false;
+    let bucket = w.store.bucket("l/1");
+    let (mut locks, version) = w.store.mem.read::<LockBucket>(bucket).unwrap();
+    locks.with_queue(&lock("l/1"), |queue, highest| {
+        for reader in 0..MAX_OWNERS {
+            queue.enqueue(Entry {
+                lease: LeaseId(1_000_000 + u128::try_from(reader).unwrap()),
+                owner: owner(&format!("r{reader}")),
+                mode: S,
+                reentrant: true,
+                session: SessionId::NONE,
+                ttl: ms(60_000),
+                asked_by: String::new(),
+                state: State::Waiting { since: w.now, deadline: w.now + ms(1), hold: ms(60_000), upgrade: false },
+            });
+        }
+        assert_eq!(queue.settle(1, w.now, Fence(0), highest).len(), MAX_OWNERS);
+    });
+    assert!(w.store.mem.write(bucket, &locks, version).unwrap());
+    let Cause::Limit { limit, value } = w.ask(0, &ask("w").lock("l/1", X)).refused().cause else { panic!("no limit") };
+    assert_eq!((limit, value), (Limit::WaitChain, u64::try_from(MAX_OWNERS).unwrap()));
+    assert!(!w.queue("l/1").contains(&"w?".into()));
 }

@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use crate::common::{Got, S, World, X, ask, ms, owner};
 use crate::{classes, ranked};
-use interlock_core::session::DEAD_AFTER;
+use interlock_core::session::{BEAT, DEAD_AFTER};
 use interlock_core::store::{Kind, OwnerBucket, Store};
 use interlock_core::{Mode, Request};
 #[cfg(target_arch = "wasm32")]
@@ -251,5 +251,47 @@ fn a_request_for_nothing_is_granted_nothing() {
     assert!(w.release(lease).is_empty());
     let request = Request::new(interlock_core::LeaseId(7), owner("a"), w.now, Vec::new(), &w.rules.classes);
     assert!(request.wants().is_empty());
+    w.finish();
+}
+
+#[test]
+fn edges_that_never_were_at_the_same_time_are_no_cycle() {
+    let mut interrupted = 0;
+    for at in 0..30 {
+        let mut w = World::new(1);
+        w.ask(0, &ask("a").lock("l/2", X)).granted();
+        let other = w.ask(0, &ask("h").lock("l/1", S)).granted();
+        let held = Rc::new(RefCell::new(None));
+        // b gives l/1 back, which a may be waiting for already, and only then waits for a's l/2.
+        let first = Rc::clone(&held);
+        let twin = in_between(&w, at, move |twin| {
+            let b = first.borrow_mut().take().unwrap();
+            twin.release(b);
+            twin.ask(0, &ask("b").lock("l/2", X)).waits();
+        });
+        *held.borrow_mut() = Some(twin.borrow_mut().ask(0, &ask("b").lock("l/1", S)).granted());
+        w.checks = false;
+        let a = w.ask(0, &ask("a").lock("l/1", X)).waits();
+        w.store.unhook();
+        interrupted += u32::from(held.borrow().is_none());
+        w.release(other);
+        w.poll(a);
+        assert!(w.holds(a) || held.borrow().is_some(), "access {at}");
+    }
+    assert!(interrupted > 6, "{interrupted}");
+}
+
+#[test]
+fn a_lock_that_the_store_would_not_let_go_is_given_back_by_the_next_heartbeat() {
+    let mut w = World::new(2);
+    let held = w.ask(0, &ask("a").lock("l/1", X)).granted();
+    let waiter = w.ask(1, &ask("b").lock("l/1", X)).waits();
+    w.store.fail_after(0, 50);
+    w.checks = false;
+    w.release(held);
+    w.store.fail_after(0, 0);
+    w.checks = true;
+    w.advance(BEAT);
+    assert!(w.holds(waiter));
     w.finish();
 }

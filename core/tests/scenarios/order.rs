@@ -35,6 +35,17 @@ fn an_order_ends_with_the_lease() {
 }
 
 #[test]
+fn a_lock_that_is_only_waited_for_is_no_matter_of_order() {
+    let mut w = World::with(classes(&[("a", ranked(1))]), 2, 0);
+    w.ask(0, &ask("h").lock("a/9", X)).granted();
+    let waits = w.ask(0, &ask("o").lock("a/9", X)).waits();
+    let low = w.ask(1, &ask("o").lock("a/1", X)).granted();
+    w.cancel(waits);
+    w.release(low);
+    w.finish();
+}
+
+#[test]
 fn a_lease_that_has_expired_is_no_matter_of_order() {
     let mut w = World::with(classes(&[("a", ranked(1))]), 2, 0);
     w.ask(0, &ask("o").lock("a/9", X).ttl(ms(2000))).granted();

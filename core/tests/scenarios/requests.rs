@@ -1,7 +1,9 @@
 //! Requests for many locks; limits; fences; renewals and the glass that is broken in an emergency.
 
-use crate::common::{Got, IX, S, SIX, World, X, ask, lock, ms, rules};
+use crate::MICRO;
+use crate::common::{Got, IX, S, SIX, World, X, ask, lock, ms, owner, rules};
 use interlock_core::session::BEAT;
+use interlock_core::store::{LockBucket, Store};
 use interlock_core::{Cause, Fence, Limit};
 #[cfg(target_arch = "wasm32")]
 use wasm_bindgen_test::wasm_bindgen_test as test;
@@ -194,5 +196,24 @@ fn breaking_the_glass_frees_a_lock_and_fences_its_holder_off() {
     w.poll(waiter);
     assert!(w.holds(waiter) && w.fence(waiter, "l/1") > old);
     assert!(!w.renew(held));
+    let last = w.fence(waiter, "l/1");
+    w.workers[1].steady.clear();
+    w.on(1, |table, scene| table.break_glass(scene, &lock("l/1"))).unwrap();
+    let (locks, _) = w.store.mem.read::<LockBucket>(w.store.bucket("l/1")).unwrap();
+    assert!(locks.highest.0 > last, "nobody is there to be granted the lock, and its fence has risen");
+    w.finish();
+}
+
+#[test]
+fn a_fence_names_its_holder_until_the_lease_ends() {
+    let mut w = World::with(rules(), 0, 1);
+    let held = w.ask(0, &ask("a").lock("l/1", X).ttl(ms(1000))).granted();
+    let fence = Fence(w.fence(held, "l/1"));
+    let holder = |w: &mut World| w.on(0, |table, scene| table.holder_of(scene, &lock("l/1"), fence)).unwrap();
+    w.advance(ms(1000) - MICRO);
+    assert_eq!(holder(&mut w), Some(owner("a")));
+    w.advance(MICRO);
+    assert_eq!(w.queue("l/1"), ["a!"], "nobody has come by to remove it");
+    assert_eq!(holder(&mut w), None);
     w.finish();
 }

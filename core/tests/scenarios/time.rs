@@ -139,3 +139,36 @@ fn a_worker_that_was_away_stands_in_line_anew_and_is_seen_by_cycle_searches() {
     assert_eq!(w.woken, [away]);
     w.finish();
 }
+
+#[test]
+fn a_sweep_hands_over_what_it_frees() {
+    let mut w = World::new(3);
+    w.ask(0, &ask("a").lock("l/1", X).ttl(ms(2000))).granted();
+    let waiter = w.ask(1, &ask("b").lock("l/1", X).ttl(ms(10_000))).waits();
+    w.crash(0);
+    w.stall(1);
+    // Before the waiter's own worker counts as dead nobody but the sweep looks at the lock.
+    w.advance(DEAD_AFTER - BEAT);
+    w.resume(1);
+    w.stall(1);
+    w.advance(ms(2000) - (DEAD_AFTER - BEAT) + BEAT);
+    assert_eq!(w.queue("l/1"), ["b!"]);
+    w.resume(1);
+    assert!(w.holds(waiter));
+    w.finish();
+}
+
+#[test]
+fn a_worker_that_was_silent_for_less_than_its_ttl_keeps_what_it_holds() {
+    let mut w = World::new(2);
+    let held = w.ask(0, &ask("a").lock("l/1", X).ttl(ms(60_000)).hold(ms(600_000))).granted();
+    // So long that what it holds hangs on the heartbeat, and no longer on the grant.
+    w.advance(ms(50_000));
+    w.stall(0);
+    w.advance(ms(59_000));
+    assert!(w.on(1, |table, scene| table.keep_house(scene, true)).unwrap());
+    assert_eq!(w.ask(1, &ask("b").lock("l/1", X).wait(ms(0))).slug(), "lock-held");
+    w.resume(0);
+    assert!(w.holds(held));
+    w.finish();
+}
