@@ -69,6 +69,9 @@ pub fn search<R: Reader>(reader: &mut R, owner: &OwnerId, by: Option<LeaseId>) -
     let mut reached: HashMap<OwnerId, Option<Step>> = HashMap::from([(owner.clone(), None)]);
     let mut next = VecDeque::from([owner.clone()]);
     while let Some(waiter) = next.pop_front() {
+        if bug!(SearchDepthTwo) && reached.len() > 2 {
+            break;
+        }
         for lock in reader.waits(&waiter)? {
             let (queue, permits) = match queues.entry(lock.clone()) {
                 MapEntry::Occupied(entry) => entry.into_mut(),
@@ -77,7 +80,8 @@ pub fn search<R: Reader>(reader: &mut R, owner: &OwnerId, by: Option<LeaseId>) -
             let own = queue.waiters().filter(|entry| entry.owner == waiter);
             let own = own.filter(|entry| waiter != *owner || by.is_none_or(|by| entry.lease == by));
             for entry in own {
-                for blocker in queue.blockers(entry.lease, *permits) {
+                let edges = if bug!(OneEdgeOfMany) { 1 } else { usize::MAX };
+                for blocker in queue.blockers(entry.lease, *permits).take(edges) {
                     let step = Step {
                         owner: waiter.clone(),
                         lease: entry.lease,

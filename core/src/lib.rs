@@ -4,6 +4,28 @@
 //! queue of one lock and the pure function that says who holds it, the table over a store, the global order, and
 //! the search for wait-for cycles. What must not: anything that knows of HTTP, Envoy, a wire format or a policy file.
 
+/// Whether a seeded bug is switched on: `bugs`, a module that exists under `--cfg interlock_bugs` only, lists them. In
+/// everything that ships this is the constant `false`.
+#[cfg(not(interlock_bugs))]
+#[doc(hidden)]
+#[macro_export]
+macro_rules! bug {
+    ($name:ident) => {
+        false
+    };
+}
+
+/// Whether a seeded bug is switched on.
+#[cfg(interlock_bugs)]
+#[macro_export]
+macro_rules! bug {
+    ($name:ident) => {
+        $crate::bugs::is_on($crate::bugs::Bug::$name)
+    };
+}
+
+#[cfg(interlock_bugs)]
+pub mod bugs;
 pub mod class;
 pub mod cycle;
 pub mod fence;

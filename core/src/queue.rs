@@ -85,9 +85,14 @@ impl Entry {
     /// if the waiter's session is dead. Never later than it may live, and never sooner than it must.
     pub fn ends(&self, sessions: &Sessions) -> Time {
         let beat = sessions.member(self.session).map(|member| member.beat);
+        let ttl = if bug!(ExpiryTickEarly) { self.ttl.saturating_sub(Duration::from_micros(1)) } else { self.ttl };
+        let ttl = if bug!(ExpiryTickLate) { ttl + Duration::from_micros(1) } else { ttl };
         match self.state {
-            State::Held { renewed, until, .. } if self.detached => (renewed + self.ttl).min(until),
-            State::Held { renewed, until, .. } => (beat.unwrap_or(renewed).max(renewed) + self.ttl).min(until),
+            State::Held { renewed, until, .. } if self.detached => (renewed + ttl).min(until),
+            State::Held { renewed, until, .. } if bug!(HeartbeatRenewsNothing) => (renewed + ttl).min(until),
+            State::Held { renewed, .. } if bug!(HoldLimitIgnored) => beat.unwrap_or(renewed).max(renewed) + ttl,
+            State::Held { renewed, until, .. } => (beat.unwrap_or(renewed).max(renewed) + ttl).min(until),
+            State::Waiting { deadline, .. } if bug!(DeadWaiterKept) => deadline,
             State::Waiting { since, deadline, .. } if self.session == SessionId::NONE => deadline.max(since),
             State::Waiting { since, deadline, .. } => (beat.unwrap_or(since).max(since) + DEAD_AFTER).min(deadline),
         }
@@ -95,7 +100,9 @@ impl Entry {
 
     /// Whether the two may not hold the lock together.
     fn conflicts(&self, other: &Entry) -> bool {
-        !self.passes(other) && (!self.mode.compatible(other.mode) || self.reads_again(other))
+        let lax = bug!(IntentsIgnored) && self.mode != Mode::Exclusive && other.mode != Mode::Exclusive;
+        let compatible = self.mode.compatible(other.mode) || lax;
+        !self.passes(other) && (!compatible || self.reads_again(other))
     }
 
     /// Whether both are shared locks of one owner. Without re-entry it may not even read twice: a writer that queues
@@ -107,7 +114,7 @@ impl Entry {
 
     /// Whether both are of one owner who may re-enter.
     fn passes(&self, other: &Entry) -> bool {
-        self.reentrant && other.reentrant && self.owner == other.owner
+        ((self.reentrant && other.reentrant) || bug!(ReentryWhereForbidden)) && self.owner == other.owner
     }
 }
 
@@ -174,7 +181,8 @@ impl Queue {
             *upgrade = upgrades;
         }
         let plain = |entry: &Entry| matches!(entry.state, State::Waiting { upgrade: false, .. });
-        let place = if upgrades { self.entries.iter().position(plain) } else { None };
+        let ahead = upgrades && !bug!(UpgradeBehindWaiters);
+        let place = if ahead || bug!(Lifo) { self.entries.iter().position(plain) } else { None };
         self.entries.insert(place.unwrap_or(self.entries.len()), entry);
     }
 
@@ -207,7 +215,8 @@ impl Queue {
 
     /// Removes the entry of a lease, whether it holds or waits.
     pub fn remove(&mut self, lease: LeaseId) -> Option<Entry> {
-        let at = self.entries.iter().position(|entry| entry.lease == lease)?;
+        let leaves = |entry: &Entry| entry.lease == lease || (bug!(ForeignRelease) && entry.is_held());
+        let at = self.entries.iter().position(leaves)?;
         Some(self.entries.remove(at))
     }
 
@@ -234,8 +243,9 @@ impl Queue {
         let waiter = place.and_then(|place| self.entries.get(place));
         let waiter = waiter.filter(|waiter| permits <= 1 && !waiter.is_held() && !self.re_enters(waiter));
         self.entries.iter().enumerate().filter_map(move |(other_place, other)| {
-            let stands_before = other.is_held() || place.is_some_and(|place| other_place < place);
-            (stands_before && waiter.is_some_and(|waiter| waiter.conflicts(other))).then_some(other)
+            let stands_before = place.is_some_and(|place| other_place < place) && !bug!(NoQueueEdges);
+            let in_the_way = other.is_held() || stands_before;
+            (in_the_way && waiter.is_some_and(|waiter| waiter.conflicts(other))).then_some(other)
         })
     }
 
@@ -252,7 +262,9 @@ impl Queue {
     /// seen it would refuse the rest of that section. Every other grant raises `highest`, the highest fence that was
     /// ever given here, never below `floor` (see [`Fence::next`]).
     pub fn settle(&mut self, permits: u32, now: Time, floor: Fence, highest: &mut Fence) -> Vec<LeaseId> {
-        (0..self.entries.len()).filter_map(|at| self.settle_at(at, permits, now, floor, highest)).collect()
+        let most = if bug!(OneGrantedOfTwo) { 1 } else { usize::MAX };
+        let places = 0..self.entries.len();
+        places.filter_map(|at| self.settle_at(at, permits, now, floor, highest)).take(most).collect()
     }
 
     /// As [`Queue::settle`], for one waiter alone. True if it was granted the lock.
@@ -265,7 +277,8 @@ impl Queue {
         let re_entry = self.turn(at, self.entries.get(at)?, permits)?;
         let entry = self.entries.get_mut(at)?;
         let State::Waiting { hold, .. } = entry.state else { return None };
-        let fence = re_entry.unwrap_or_else(|| {
+        let floor = if bug!(FenceResetOnRestart) { Fence(0) } else { floor };
+        let fence = re_entry.filter(|_| !bug!(ReentryNewFence)).unwrap_or_else(|| {
             *highest = highest.next(floor);
             *highest
         });
@@ -280,6 +293,7 @@ impl Queue {
         }
         let mut before = self.entries.iter().take(at);
         if permits > 1 {
+            let permits = permits + u32::from(bug!(PermitsOffByOne));
             let taken = self.holders().count();
             let free = taken < usize::try_from(permits).unwrap_or(usize::MAX) && before.all(Entry::is_held);
             return free.then_some(None);
@@ -289,7 +303,9 @@ impl Queue {
         {
             return Some(Some(fence));
         }
-        let free = !self.holders().any(|held| held.conflicts(waiter)) && !before.any(|other| other.conflicts(waiter));
+        let barges = bug!(ReaderBarging) && waiter.mode == Mode::Shared;
+        let in_turn = barges || !before.any(|other| other.conflicts(waiter));
+        let free = !self.holders().any(|held| held.conflicts(waiter)) && in_turn;
         free.then_some(None)
     }
 }

@@ -86,6 +86,10 @@ impl Sessions {
                 member.load = load;
                 true
             }
+            None if bug!(DeadSessionRevived) => {
+                self.members.push(Member { id, beat: now, mailbox, load });
+                true
+            }
             None => false,
         }
     }
@@ -119,7 +123,7 @@ impl Sessions {
     /// Drops members whose last lease must have ended: dead for longer than the longest TTL. True if any was.
     pub fn forget(&mut self, now: Time) -> bool {
         let before = self.members.len();
-        let longest = DEAD_AFTER.max(self.longest_ttl);
+        let longest = if bug!(SessionForgottenEarly) { DEAD_AFTER } else { DEAD_AFTER.max(self.longest_ttl) };
         self.members.retain(|member| now < member.beat + longest);
         self.members.len() < before
     }

@@ -108,7 +108,7 @@ pub fn update<R: Record, S: Store, T>(
     for _ in 0..MAX_TRIES {
         let (mut record, version) = store.read::<R>(index)?;
         let (answer, save) = change(&mut record)?;
-        if save == Save::No || store.write(index, &record, version)? {
+        if save == Save::No || store.write(index, &record, version)? || bug!(LostWriteIgnored) {
             return Ok(answer);
         }
     }
@@ -149,6 +149,8 @@ impl LockBucket {
         let answer = change(&mut queue, &mut self.highest);
         if !queue.is_empty() {
             self.queues.push(queue);
+        } else if bug!(FenceForgottenWithLock) {
+            self.highest = Fence::default();
         }
         answer
     }

@@ -9,6 +9,7 @@
 
 use core::hash::Hasher;
 
+use interlock_core::bug;
 use interlock_core::session::BEAT;
 use interlock_core::store::{Kind, Record, Version};
 use interlock_core::{
@@ -60,6 +61,7 @@ impl Space {
                 let seed = host.random()?.to_le_bytes().to_vec();
                 match host.shared_set(&key, &seed, Expected::Absent)? {
                     Stored::Yes => seed,
+                    Stored::Conflict if bug!(OwnSeedKept) => seed,
                     Stored::Conflict => host.shared_get(&key)?.map_or(seed, |(theirs, _)| theirs),
                 }
             }
@@ -104,7 +106,8 @@ impl Store for SharedStore<'_> {
 
     fn write<R: Record>(&self, index: u32, record: &R, version: Version) -> Result<bool, StoreError> {
         let bytes = encode(record)?;
-        let expected = if version == Version::ABSENT { Expected::Absent } else { Expected::Version(Cas(version.0)) };
+        let absent = version == Version::ABSENT && !bug!(CasOnAbsentKey);
+        let expected = if absent { Expected::Absent } else { Expected::Version(Cas(version.0)) };
         let stored = self.host.shared_set(&self.space.key(R::KIND, index), &bytes, expected).map_err(failed)?;
         Ok(stored == Stored::Yes)
     }
@@ -187,6 +190,9 @@ impl Local {
 
     /// How long the VM may go without a heartbeat: a third of the shortest TTL that hangs on it.
     fn beat_every(&self) -> Duration {
+        if bug!(ShortTtlIgnored) {
+            return BEAT;
+        }
         BEAT.min(self.table.shortest_ttl() / 3)
     }
 
@@ -234,7 +240,8 @@ impl Local {
             return Err(StoreError::Failed(String::from("this worker could not join the table")));
         }
         self.leases += 1;
-        Ok(LeaseId(u128::from(self.table.session().0) << 64 | u128::from(self.leases)))
+        let session = if bug!(LeaseIdsRepeat) { SessionId::NONE } else { self.table.session() };
+        Ok(LeaseId(u128::from(session.0) << 64 | u128::from(self.leases)))
     }
 
     /// See [`Table::acquire`].
@@ -320,7 +327,8 @@ impl Local {
             let member = self.table.sessions().member(wake.session);
             let mailbox = member.map(|member| QueueId(member.mailbox));
             // A wake-up is a hint. One that cannot be delivered is made up for by the waiter's next look.
-            if let Some(mailbox) = mailbox {
+            let lost = bug!(OthersNotWoken) && wake.session != self.table.session();
+            if let Some(mailbox) = mailbox.filter(|_| !lost) {
                 let _ = host.enqueue(mailbox, &wake.lease.0.to_le_bytes());
             }
         }

@@ -2,7 +2,7 @@
 //!
 //! A fence from outside counts only if it is signed with one of the policy's keys, for this very owner.
 
-use interlock_core::{Grant, Lease, LeaseId, OwnerId, Rules, StoreError};
+use interlock_core::{Grant, Lease, LeaseId, OwnerId, Rules, StoreError, bug};
 
 use super::intake;
 use super::stream::Case;
@@ -22,6 +22,9 @@ pub fn verified(host: &dyn Host, policy: &Policy) -> Vec<FenceMember> {
     let now = host.unix_micros() / 1000;
     let mut members = headers::parse_lock_fence([inbound.as_slice()]).unwrap_or_default();
     members.retain(|member| {
+        if bug!(UnsignedFencePassed) {
+            return true;
+        }
         let signed = member.sig.as_deref();
         signed.is_some_and(|sig| policy.keys.verify(&member.name, member.fence, &owner, sig, now).is_ok())
     });

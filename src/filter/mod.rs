@@ -17,7 +17,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::rc::Rc;
 
 use interlock_core::{
-    Cause, Duration, LeaseId, Loss, Outcome, OwnerId, Refusal, Request, Rules, StoreError, Time, Want,
+    Cause, Duration, LeaseId, Loss, Outcome, OwnerId, Refusal, Request, Rules, StoreError, Time, Want, bug,
 };
 
 use crate::answer::Reject;
@@ -245,6 +245,9 @@ impl Runtime {
         if let Some(stream) = self.streams.get(&id) {
             respond::annotate(host, stream);
         }
+        if bug!(ReleasedAtResponse) {
+            self.end(host, id);
+        }
         Flow::Continue
     }
 
@@ -254,6 +257,7 @@ impl Runtime {
         let purpose = case.purpose();
         let Some(local) = self.tables.get(purpose) else { return };
         match state {
+            State::Waiting(_) if bug!(DisconnectForgotten) => return,
             State::Waiting(pending) => {
                 report::cancelled(host, &case, &pending);
                 local.cancel(host, &case.active.rules, pending);
@@ -323,7 +327,7 @@ impl Runtime {
                 (State::Holding(Held { lease, waited, fences }), Fate::Forward)
             }
             Ok(Outcome::Waiting(pending)) => {
-                let fate = if enforced { Fate::Park } else { Fate::Forward };
+                let fate = if enforced && !bug!(ForwardsBeforeGrant) { Fate::Park } else { Fate::Forward };
                 (State::Waiting(pending), fate)
             }
             Ok(Outcome::Refused(refusal)) => reject_or_pass(host, &case, Reject::Core(refusal), waited),
@@ -426,7 +430,7 @@ fn case(host: &dyn Host, active: &Rc<Active>, terms: Terms, owner: Option<OwnerI
 /// A request that does not get its locks: whether it is answered, or goes on all the same.
 fn reject_or_pass(host: &dyn Host, case: &Case, reject: Reject, waited: Duration) -> (State, Fate) {
     let failed = matches!(&reject, Reject::Core(Refusal { cause: Cause::Backend { .. }, .. }));
-    if failed && case.terms.on_backend_unavailable == OnUnavailable::Allow {
+    if failed && (case.terms.on_backend_unavailable == OnUnavailable::Allow || bug!(FailsOpen)) {
         report::unlocked(host, case, &reject, waited);
         return (State::Over(Ended::Unlocked), Fate::Forward);
     }
@@ -442,7 +446,8 @@ fn reject_or_pass(host: &dyn Host, case: &Case, reject: Reject, waited: Duration
 /// Removes what is the filter's to set, and what it consumes.
 fn clean(host: &dyn Host, policy: &Policy) {
     let consumed = policy.annotations.header != HeaderAnnotations::Pass;
-    for name in ["lock-status", "lock-fence"].into_iter().chain(consumed.then_some("lock")) {
+    let own: &[_] = if bug!(FencesNotStripped) { &["lock-status"] } else { &["lock-status", "lock-fence"] };
+    for name in own.iter().copied().chain(consumed.then_some("lock")) {
         // Fails only outside the request phase, where there is nothing to forward.
         let _ = host.remove_header(Headers::Request, name);
     }

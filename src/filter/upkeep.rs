@@ -5,7 +5,7 @@
 use std::rc::Rc;
 
 use interlock_core::session::BEAT;
-use interlock_core::{Cause, Duration, LockName, Loss, Mode, Refusal, Time};
+use interlock_core::{Cause, Duration, LockName, Loss, Mode, Refusal, Time, bug};
 
 use super::respond::Answer;
 use super::stream::{Case, Ended, Held, State, Stream};
@@ -119,7 +119,7 @@ impl Runtime {
     pub(super) fn lapsed(&mut self, host: &dyn Host, id: ContextId) -> Option<(LockName, Loss)> {
         let Stream { case, state: State::Holding(held), .. } = self.streams.get(&id)? else { return None };
         let (purpose, ttl) = (case.purpose(), held.lease.ttl());
-        if !self.tables.get(purpose)?.may_have_lapsed(host.now(), ttl) {
+        if !self.tables.get(purpose)?.may_have_lapsed(host.now(), ttl) || bug!(LostLeasePasses) {
             return None;
         }
         // What nobody took is kept by the heartbeat that is late.

@@ -14,6 +14,9 @@ use anyhow::{Context, Result, bail};
 /// The Envoy that is brought where none is there.
 pub const ENVOY_VERSION: &str = "1.40.0";
 
+/// The cargo-mutants that is brought.
+pub const CARGO_MUTANTS_VERSION: &str = "27.1.0";
+
 /// The repository's root.
 pub fn root() -> PathBuf {
     let testkit = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -89,6 +92,27 @@ pub fn wasm_bindgen_test_runner() -> Result<PathBuf> {
         let target = tempfile::Builder::new().prefix("wasm-bindgen-").tempdir()?;
         let mut cargo = cargo();
         cargo.args(["install", "--quiet", "wasm-bindgen-cli", "--version", &version, "--root"]).arg(dir);
+        run(cargo.current_dir(dir).env("CARGO_TARGET_DIR", target.path()).env_remove("RUSTFLAGS"))
+    })
+    .context(by_hand)
+}
+
+/// cargo-mutants, at its version: on PATH, else installed by Cargo, which compiles for some minutes.
+pub fn cargo_mutants() -> Result<PathBuf> {
+    const VERSION: &str = CARGO_MUTANTS_VERSION;
+    if let Some(path) = on_path("cargo-mutants")
+        && printed(&path, ["mutants", "--version"])
+            .is_some_and(|out| out.split_whitespace().any(|word| word == VERSION))
+    {
+        return Ok(path);
+    }
+    let by_hand = format!("by hand: cargo install --locked cargo-mutants --version {VERSION}");
+    bring(&format!("cargo-mutants-{VERSION}"), "bin/cargo-mutants", |dir| {
+        eprintln!("installing cargo-mutants {VERSION}: this takes some minutes, once");
+        // Not into the target directory of this build: that one may be locked by the Cargo that runs us.
+        let target = tempfile::Builder::new().prefix("cargo-mutants-").tempdir()?;
+        let mut cargo = cargo();
+        cargo.args(["install", "--quiet", "--locked", "cargo-mutants", "--version", VERSION, "--root"]).arg(dir);
         run(cargo.current_dir(dir).env("CARGO_TARGET_DIR", target.path()).env_remove("RUSTFLAGS"))
     })
     .context(by_hand)

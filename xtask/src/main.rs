@@ -3,6 +3,7 @@
 mod conformance;
 mod demo;
 mod lint;
+mod mutants;
 mod soak;
 mod test;
 mod wasm;
@@ -36,6 +37,8 @@ enum Task {
     Test(test::TestArgs),
     /// Put mixed contended load on a real Envoy and check what the upstream sees
     Soak(soak::SoakArgs),
+    /// Show that the tests notice bugs, each seeded one at a time
+    Mutants(mutants::MutantsArgs),
     /// Check format, lints and docs, for every target
     Lint,
     /// Build the plugin: dist/interlock.wasm, and dist/interlock-faults.wasm for tests
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
         Task::Conformance(args) => conformance::run(&args),
         Task::Test(args) => test::run(&args),
         Task::Soak(args) => soak::run(args),
+        Task::Mutants(args) => mutants::run(&args),
         Task::Lint => lint::run(),
         Task::Wasm(args) => wasm::run(&args),
     };

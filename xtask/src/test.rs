@@ -14,6 +14,7 @@ use clap::{Args, ValueEnum};
 use interlock_testkit::tools;
 
 use crate::conformance::Reports;
+use crate::mutants::{self, MutantsArgs};
 use crate::wasm::{self, WasmArgs};
 
 const CORE_TARGET: &str = "wasm32-unknown-unknown";
@@ -36,6 +37,8 @@ enum Stage {
     Tools,
     /// Everything that needs no Envoy, natively, doc tests too
     Native,
+    /// The seeded bugs, each of which a test must notice
+    Mutants,
     /// The core's tests as wasm under Node
     Core,
     /// Build the plugin
@@ -81,6 +84,7 @@ impl Stage {
         match self {
             Stage::Tools => bring_tools(),
             Stage::Native => native(cases),
+            Stage::Mutants => mutants::run(&MutantsArgs::default()),
             Stage::Core => core(),
             Stage::Wasm => wasm::run(&WasmArgs::default()),
             Stage::Envoy => envoy(cases),

@@ -116,7 +116,8 @@ impl Table {
         let full = |limit, value: u32| Taken::Full(limit, u64::from(value));
         if !stood {
             let of_others = self.sessions.load_of_others(self.me, scene.now).waiters;
-            if queue.waiters().count() > usize::try_from(limits.waiters_per_lock).unwrap_or(usize::MAX) {
+            let most = limits.waiters_per_lock + u32::from(bug!(WaitersOffByOne));
+            if queue.waiters().count() > usize::try_from(most).unwrap_or(usize::MAX) {
                 return full(Limit::WaitersPerLock, limits.waiters_per_lock);
             }
             if self.load.waiters.saturating_add(of_others) >= limits.waiters {
@@ -125,6 +126,7 @@ impl Table {
         }
         // Its own end too: a worker that was away for too long has to look whether it still stands there.
         let first_end = queue.entries().iter().map(|entry| entry.ends(&self.sessions)).min();
+        let first_end = first_end.filter(|_| !bug!(NoTimerForLeaseEnd));
         let before_waiters = !stood && queue.entry(lease).is_some_and(Entry::is_upgrade);
         Taken::Queued { poll_at: first_end.unwrap_or(Time::NEVER), anew: !stood, before_waiters }
     }

@@ -7,7 +7,7 @@ use crate::name::LockName;
 use crate::queue::Queue;
 use crate::refusal::{Cause, Limit};
 use crate::session::Sessions;
-use crate::store::{self, LockBucket, OwnerBucket, Store, StoreError};
+use crate::store::{self, Item, LockBucket, OwnerBucket, Store, StoreError};
 
 impl Table {
     /// Looks for a cycle through the owner, and reads a found one a second time.
@@ -19,15 +19,16 @@ impl Table {
     ) -> Result<(), Cause> {
         // With old heartbeats a living lease could look ended, and its edge would be missed.
         self.refresh(scene)?;
-        let mut reader = StoreReader { scene, sessions: &self.sessions };
+        let mut reader = StoreReader { scene, sessions: &self.sessions, by };
         for _ in 0..store::MAX_TRIES {
             match cycle::search(&mut reader, owner, by)? {
                 Search::Clear => return Ok(()),
-                Search::Cycle(steps) if cycle::confirm(&mut reader, &steps)? => {
+                Search::Cycle(steps) if bug!(PhantomRefused) || cycle::confirm(&mut reader, &steps)? => {
                     return Err(Cause::Deadlock { cycle: cycle::edges(steps) });
                 }
                 // It was gone at the second look. There may be another one that the search did not come to.
                 Search::Cycle(_) => {}
+                Search::TooLong if bug!(LongChainPasses) => return Ok(()),
                 Search::TooLong => {
                     let value = u64::try_from(cycle::MAX_OWNERS).unwrap_or(u64::MAX);
                     return Err(Cause::Limit { limit: Limit::WaitChain, value });
@@ -42,6 +43,8 @@ impl Table {
 struct StoreReader<'a, 's, S> {
     scene: &'a Scene<'s, S>,
     sessions: &'a Sessions,
+    /// Whose wait the search is about, if it is about one.
+    by: Option<LeaseId>,
 }
 
 impl<S: Store> Reader for StoreReader<'_, '_, S> {
@@ -49,7 +52,8 @@ impl<S: Store> Reader for StoreReader<'_, '_, S> {
 
     fn waits(&mut self, owner: &OwnerId) -> Result<Vec<LockName>, StoreError> {
         let (owners, _) = self.scene.store.read::<OwnerBucket>(self.scene.store.bucket(owner.as_str()))?;
-        let waiting = owners.items(owner).iter().filter(|item| item.waiting);
+        let own = |item: &Item| bug!(SearchBeforePublish) && self.by == Some(item.lease);
+        let waiting = owners.items(owner).iter().filter(|item| item.waiting || own(item));
         Ok(waiting.map(|item| item.lock.clone()).collect())
     }
 

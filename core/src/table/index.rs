@@ -49,11 +49,12 @@ impl Table {
     /// Lets the index by owner say for which lock the request is about to wait.
     pub(super) fn publish<S: Store>(&mut self, scene: &Scene<'_, S>, claim: &mut Claim) -> Result<(), StoreError> {
         let (request, me, next) = (&claim.request, self.me, claim.grants.len());
+        let waits = if bug!(SearchBeforePublish) && !claim.is_published() { None } else { Some(next) };
         let bucket = scene.store.bucket(request.owner.as_str());
         store::update(scene.store, bucket, |owners: &mut OwnerBucket| {
             owners.with_items(&request.owner, |items| {
                 items.retain(|item| item.lease != request.lease);
-                items.extend(items_of(request, me, Some(next), scene.now));
+                items.extend(items_of(request, me, waits, scene.now));
                 Ok(((), Save::Yes))
             })
         })?;
@@ -74,10 +75,10 @@ impl Table {
         let classes = &scene.rules.classes;
         for want in request.wants.iter().filter(|want| request.asks_for(&want.name)) {
             for item in items.iter().filter(|item| classes.violates(&item.lock, &want.name)) {
-                if !self.has(scene, item)? {
+                if !self.has(scene, item)? && !bug!(OrderTrustsIndex) {
                     continue;
                 }
-                let mut again = items.iter().filter(|other| other.lock == want.name);
+                let mut again = items.iter().filter(|other| other.lock == want.name && !bug!(OrderIgnoresReentry));
                 if !again.try_fold(false, |found, other| Ok(found || self.has(scene, other)?))? {
                     return Ok(Some((want.clone(), item.lock.clone())));
                 }

@@ -141,7 +141,7 @@ impl Table {
         self.load.waiters = self.load.waiters.saturating_sub(1);
         let Pending { claim, deadline, .. } = pending;
         // What it took before it had to wait may have ended meanwhile: by its hold limit, or while the worker was away.
-        if !claim.grants.is_empty() {
+        if !claim.grants.is_empty() && !bug!(EarlierLossIgnored) {
             match self.renew_claim(scene, &claim, None) {
                 Ok(None) => {}
                 Ok(Some((lock, loss))) => {
@@ -151,7 +151,7 @@ impl Table {
                 Err(error) => return self.refuse(scene, claim, error.into()),
             }
         }
-        let stance = if scene.now < deadline { Stance::Wait } else { Stance::Last };
+        let stance = if scene.now < deadline || bug!(DeadlineIgnored) { Stance::Wait } else { Stance::Last };
         self.advance(scene, claim, Some(stance))
     }
 
@@ -166,7 +166,9 @@ impl Table {
     pub fn cancel<S: Store>(&mut self, scene: &Scene<'_, S>, pending: Pending) {
         self.fresh = false;
         self.load.waiters = self.load.waiters.saturating_sub(1);
-        self.undo(scene, &pending.claim);
+        if !bug!(GrantToCancelled) {
+            self.undo(scene, &pending.claim);
+        }
     }
 
     /// Gives a lease back. Says which of its grants had ended before.
@@ -192,7 +194,7 @@ impl Table {
                     self.load.locks += u32::from(!claim.request.detached);
                     // An upgrade that goes ahead of waiters draws edges from them to its owner. If that owner waits
                     // elsewhere, in another request, they may close a cycle.
-                    if over_waiters {
+                    if over_waiters && !bug!(UpgradeEdgesNotSearched) {
                         if let Err(cause) = self.check_cycle(scene, &owner, None) {
                             return self.refuse_at(scene, claim, None, cause);
                         }
@@ -215,9 +217,13 @@ impl Table {
                     if anew || claim.searched <= self.sessions.revived() {
                         claim.searched = scene.now;
                         // An upgrade stands before plain waiters, who may be waited for by another request of its owner.
-                        let by = if before_waiters { None } else { Some(claim.request.lease) };
+                        let everywhere = before_waiters && !bug!(UpgradeSearchedAsPlain);
+                        let by = if everywhere { None } else { Some(claim.request.lease) };
                         if let Err(cause) = self.check_cycle(scene, &owner, by) {
                             return self.refuse(scene, claim, cause);
+                        }
+                        if bug!(SearchBeforePublish) {
+                            let _ = self.publish(scene, &mut claim);
                         }
                     }
                     self.load.waiters += 1;
@@ -292,7 +298,7 @@ impl Table {
 
     /// Reads the sessions, unless this operation has done so already.
     fn refresh<S: Store>(&mut self, scene: &Scene<'_, S>) -> Result<(), StoreError> {
-        if !self.fresh {
+        if !self.fresh && !bug!(StaleHeartbeatsTrusted) {
             (self.sessions, _) = scene.store.read::<Sessions>(0)?;
             self.fresh = true;
         }
@@ -315,6 +321,11 @@ impl Table {
                 State::Held { since, .. } => Event::Released { lock, held_for: scene.now.since(since) },
                 State::Waiting { .. } => Event::Left { lock },
             });
+            let shared = entry.is_held() && queue.holders().next().is_some();
+            let stays_shut = bug!(NoGrantOnCancel) && !entry.is_held();
+            if stays_shut || (bug!(NoGrantOnDowngrade) && shared) {
+                return Ok(Vec::new());
+            }
         }
         let permits = scene.rules.classes.of(&queue.name).permits;
         let granted = queue.settle(permits, scene.now, Fence::floor(scene.unix_micros), highest);
@@ -337,6 +348,9 @@ impl Table {
                 Ok((wakes, Save::from(!events.is_empty())))
             })
         })?;
+        if bug!(ReleaseTwice) {
+            events.extend(events.iter().find(|event| matches!(event, Event::Released { .. })).cloned());
+        }
         let held = events.iter().any(|event| matches!(event, Event::Released { .. }));
         self.effects.events.append(&mut events);
         self.effects.wakes.extend(wakes);
@@ -344,14 +358,17 @@ impl Table {
     }
 
     fn addressed(&self, queue: &Queue, leases: Vec<LeaseId>) -> Vec<Wake> {
-        let entries = leases.into_iter().filter_map(|lease| queue.entry(lease));
+        let most = if bug!(OneWokenOfTwo) { 1 } else { usize::MAX };
+        let entries = leases.into_iter().filter_map(|lease| queue.entry(lease)).take(most);
         entries.map(|entry| Wake { session: entry.session, lease: entry.lease }).collect()
     }
 
     /// Removes one lease from one lock. False if it held nothing there any more.
     fn give_back<S: Store>(&mut self, scene: &Scene<'_, S>, name: &LockName, lease: LeaseId) -> bool {
         self.tidy_lock(scene, name, Some(lease)).unwrap_or_else(|_| {
-            self.debts.push(Debt::Lock { name: name.clone(), lease });
+            if !bug!(FailedReleaseForgotten) {
+                self.debts.push(Debt::Lock { name: name.clone(), lease });
+            }
             true
         })
     }
@@ -371,13 +388,14 @@ impl Table {
             self.give_back(scene, &want.name, lease);
         }
         let mut ended = Vec::new();
-        for grant in claim.grants.iter().rev() {
+        let kept = usize::from(bug!(PartialGrantKept) && claim.grants.len() > 1);
+        for grant in claim.grants.iter().skip(kept).rev() {
             self.load.locks = self.load.locks.saturating_sub(u32::from(!claim.request.detached));
             if !self.give_back(scene, &grant.name, lease) {
                 ended.push(grant.clone());
             }
         }
-        if claim.indexed {
+        if claim.indexed && !bug!(IndexItemLeft) {
             self.delist(scene, &claim.request.owner, lease);
         }
         ended
@@ -390,7 +408,9 @@ impl Table {
 
     /// Refuses a request because of one lock, which is the last one it took where none is given.
     fn refuse_at<S: Store>(&mut self, scene: &Scene<'_, S>, claim: Claim, at: Option<Want>, cause: Cause) -> Outcome {
-        self.undo(scene, &claim);
+        if !(bug!(GhostAfterRefusal) && matches!(cause, Cause::Deadlock { .. })) {
+            self.undo(scene, &claim);
+        }
         let last = claim.grants.len().saturating_sub(1);
         let Some(want) = at.or_else(|| claim.request.wants.get(last).cloned()) else {
             // A request for nothing has nothing that could be refused.

@@ -23,7 +23,7 @@ impl Table {
         let (sessions, joined) = store::update(scene.store, 0, |sessions: &mut Sessions| {
             sessions.allow_ttl(scene.rules.limits.longest_ttl);
             if sessions.member(me).is_some_and(|member| member.beat + patience <= scene.now) {
-                sessions.revive(scene.now);
+                sessions.revive(if bug!(RevivalNotNoted) { Time::ZERO } else { scene.now });
             }
             let known = me != SessionId::NONE && sessions.beat(me, mailbox, load, scene.now);
             let joined = if known { None } else { Some(sessions.join(mailbox, scene.now)) };
@@ -95,7 +95,8 @@ impl Table {
             let (bucket, id) = (scene.store.bucket(grant.name.as_str()), claim.request.lease);
             let held = store::update(scene.store, bucket, |locks: &mut LockBucket| {
                 let entry = locks.queue(&grant.name).and_then(|queue| queue.entry(id));
-                if !entry.is_some_and(|entry| self.is_valid(scene, entry)) {
+                let lives = |entry: &Entry| self.is_valid(scene, entry) || (bug!(DeadLeaseRenewed) && entry.is_held());
+                if !entry.is_some_and(lives) {
                     return Ok((false, Save::No));
                 }
                 let changed = locks.with_queue(&grant.name, |queue, _| {
@@ -150,7 +151,9 @@ impl Table {
                         }
                         State::Waiting { .. } => None,
                     }));
-                    *highest = highest.next(Fence::floor(scene.unix_micros));
+                    if !bug!(GlassKeepsFence) {
+                        *highest = highest.next(Fence::floor(scene.unix_micros));
+                    }
                     let wakes = self.tidy(scene, queue, highest, None, &mut events)?;
                     Ok(((ended, wakes), Save::Yes))
                 })
@@ -178,7 +181,11 @@ impl Table {
             (events, wakes) = (Vec::new(), Vec::new());
             let mut outcome = Ok(());
             locks.with_queues(|queue, highest| {
-                let settled = self.tidy(scene, queue, highest, None, &mut events);
+                let settled = if bug!(SweepGrantsNothing) {
+                    self.reap(scene, queue, &mut events).map(|_| Vec::new())
+                } else {
+                    self.tidy(scene, queue, highest, None, &mut events)
+                };
                 match settled {
                     Ok(granted) => wakes.extend(granted),
                     Err(error) => outcome = Err(error),
@@ -263,7 +270,8 @@ impl Table {
         let holder = locks.queue(lock).and_then(|queue| {
             // Several, where it was re-entered: any that is still valid will do.
             let under = |entry: &&Entry| matches!(entry.state, State::Held { fence: held, .. } if held == fence);
-            queue.holders().filter(under).find(|entry| entry.ends(&self.sessions) > scene.now)
+            let lives = |entry: &&Entry| entry.ends(&self.sessions) > scene.now || bug!(StaleLeaseAccepted);
+            queue.holders().filter(under).find(lives)
         });
         Ok(holder.map(|entry| entry.owner.clone()))
     }

@@ -164,6 +164,7 @@ fn past_the_bound_of_a_search_nobody_may_wait() {
                 mode: S,
                 reentrant: true,
                 session: SessionId::NONE,
+                detached: false,
                 ttl: ms(60_000),
                 asked_by: String::new(),
                 state: State::Waiting { since: w.now, deadline: w.now + ms(1), hold: ms(60_000), upgrade: false },
