@@ -90,7 +90,8 @@ impl Pattern {
                 }
                 if let Some(name) = name.strip_prefix('*') {
                     if !is_last || text != format!("{{*{name}}}") {
-                        return Err(format!("has {{*{name}}} in its middle; it must be the whole last segment"));
+                        let rest = quote(&format!("{{*{name}}}"));
+                        return Err(format!("has {rest} in its middle; it must be the whole last segment"));
                     }
                     self.capture(name)?;
                     return Ok(Segment::Rest);
@@ -240,6 +241,11 @@ mod tests {
         ] {
             let problem = Pattern::parse(text).unwrap_err();
             assert!(problem.contains(part), "{text}: {problem}");
+        }
+        // Whatever the pattern has in it, the complaint is one line that is not much longer than it need be.
+        for hostile in ["/{*a\nb}/c".to_owned(), format!("/{{*{}}}/c", "a".repeat(1000))] {
+            let problem = Pattern::parse(&hostile).unwrap_err();
+            assert!(problem.len() < 200 && !problem.contains(char::is_control), "{problem:?}");
         }
         assert!(Pattern::parse(&format!("/{}", "a".repeat(1024))).unwrap_err().contains("too long"));
         let many: String = (0..17).map(|n| format!("/{{c{n}}}")).collect();
