@@ -117,14 +117,21 @@ fn failed(error: HostError) -> StoreError {
     StoreError::Failed(error.to_string())
 }
 
-/// A record as it is stored: the format, then the record as postcard writes it.
-fn encode<R: Record>(record: &R) -> Result<Vec<u8>, StoreError> {
+/// A record as it is stored: the format, then the record as postcard writes it. Public for those who test the format.
+///
+/// # Errors
+/// [`StoreError::Failed`] where it cannot be written, which no record is known for.
+#[doc(hidden)]
+pub fn encode<R: Record>(record: &R) -> Result<Vec<u8>, StoreError> {
     postcard::to_extend(record, vec![FORMAT]).map_err(|error| StoreError::Failed(error.to_string()))
 }
 
+/// A record from the bytes that are stored. Public for those who test the format.
+///
 /// # Errors
 /// [`StoreError::Unreadable`] for anything that [`encode`] did not write, to the last byte.
-fn decode<R: Record>(bytes: &[u8]) -> Result<R, StoreError> {
+#[doc(hidden)]
+pub fn decode<R: Record>(bytes: &[u8]) -> Result<R, StoreError> {
     let unreadable = |why: &dyn core::fmt::Display| StoreError::Unreadable(why.to_string());
     let (format, record) = bytes.split_first().ok_or_else(|| unreadable(&"it is empty"))?;
     if *format != FORMAT {

@@ -4,7 +4,7 @@
 //! in the same VM, and requests of the old one go on. HTTP contexts hold nothing but their id. Host calls go through
 //! [`Host`]; who gets a lock is decided below, in the backend and the core.
 
-mod fences;
+pub mod fences;
 pub mod intake;
 mod report;
 mod respond;
