@@ -17,6 +17,9 @@ pub const ENVOY_VERSION: &str = "1.40.0";
 /// The cargo-mutants that is brought.
 pub const CARGO_MUTANTS_VERSION: &str = "27.1.0";
 
+/// The cargo-fuzz that is brought.
+const CARGO_FUZZ_VERSION: &str = "0.13.2";
+
 /// The repository's root.
 pub fn root() -> PathBuf {
     let testkit = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -118,6 +121,47 @@ pub fn cargo_mutants() -> Result<PathBuf> {
     .context(by_hand)
 }
 
+/// cargo-fuzz, which builds the fuzz targets: installed by Cargo.
+pub fn cargo_fuzz() -> Result<PathBuf> {
+    let by_hand = format!("by hand: cargo install cargo-fuzz --version {CARGO_FUZZ_VERSION}");
+    bring(&format!("cargo-fuzz-{CARGO_FUZZ_VERSION}"), "bin/cargo-fuzz", |dir| {
+        eprintln!("installing cargo-fuzz {CARGO_FUZZ_VERSION}: this takes a minute, once");
+        let target = tempfile::Builder::new().prefix("cargo-fuzz-").tempdir()?;
+        let mut cargo = cargo();
+        cargo
+            .args(["install", "--quiet", "--locked", "cargo-fuzz", "--version", CARGO_FUZZ_VERSION, "--root"])
+            .arg(dir);
+        run(cargo.current_dir(dir).env("CARGO_TARGET_DIR", target.path()).env_remove("RUSTFLAGS"))
+    })
+    .context(by_hand)
+}
+
+/// A command that runs `program` with the nightly toolchain of Rust, which rustup brings where it is missing. It also needs
+/// a C++ compiler, for libFuzzer.
+pub fn nightly(program: &Path) -> Result<Command> {
+    let by_hand = "fuzzing needs Rust's nightly toolchain; by hand: rustup toolchain install nightly --profile minimal";
+    let rustup = on_path("rustup").context(by_hand)?;
+    if printed(&rustup, ["run", "nightly", "rustc", "--version"]).is_none() {
+        eprintln!("installing Rust's nightly toolchain");
+        run(Command::new(&rustup).args(["toolchain", "install", "nightly", "--profile", "minimal"]))
+            .context(by_hand)?;
+    }
+    if on_path("c++").is_none() && !apt_install("g++") {
+        bail!("there is no c++, which compiles libFuzzer: apt-get install g++");
+    }
+    let mut command = Command::new(rustup);
+    command.args(["run", "nightly"]).arg(program).current_dir(root());
+    // What the outer Cargo, of another toolchain, says of itself.
+    for (name, _) in env::vars_os() {
+        let text = name.to_string_lossy();
+        let says = text == "CARGO" || text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_");
+        if says || text.starts_with("RUSTC") || text == "RUSTUP_TOOLCHAIN" || text == "RUSTFLAGS" {
+            command.env_remove(&name);
+        }
+    }
+    Ok(command)
+}
+
 /// Binaryen's wasm-opt, where it is on PATH or can be installed (as root, on Debian).
 pub fn wasm_opt() -> Option<PathBuf> {
     on_path("wasm-opt").or_else(|| apt_install("binaryen").then(|| on_path("wasm-opt")).flatten())
@@ -127,6 +171,14 @@ pub fn wasm_opt() -> Option<PathBuf> {
 pub fn node() -> Result<PathBuf> {
     let found = on_path("node").or_else(|| apt_install("nodejs").then(|| on_path("node")).flatten());
     found.context("there is no node, which runs the core's tests as wasm: apt-get install nodejs")
+}
+
+/// The target that programs for this machine are built for.
+pub fn host_target() -> Result<String> {
+    let rustc = env::var_os("RUSTC").map_or_else(|| PathBuf::from("rustc"), PathBuf::from);
+    let says = printed(&rustc, ["-vV"]).context("rustc does not run")?;
+    let host = says.lines().find_map(|line| line.strip_prefix("host: "));
+    Ok(host.context("rustc does not say its host")?.to_owned())
 }
 
 /// Sees to it that Rust can build for these targets.

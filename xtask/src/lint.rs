@@ -13,6 +13,7 @@ pub fn run() -> Result<()> {
     let plugin = ["clippy", "--package", "interlock", "--lib", "--target", wasm::TARGET];
     let core = ["clippy", "--package", "interlock-core", "--all-targets", "--target", CORE_TARGET];
     cargo(&["fmt", "--all", "--check"])?;
+    cargo(&["fmt", "--manifest-path", "fuzz/libfuzzer/Cargo.toml", "--check"])?;
     cargo(&[&["clippy", "--workspace", "--all-targets"], &deny[..]].concat())?;
     cargo(&[&plugin[..], &deny[..]].concat())?;
     cargo(&[&plugin[..], &["--features", "fault-injection"], &deny[..]].concat())?;

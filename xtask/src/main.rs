@@ -2,6 +2,7 @@
 
 mod conformance;
 mod demo;
+mod fuzz;
 mod lint;
 mod mutants;
 mod soak;
@@ -14,7 +15,7 @@ use clap::{Parser, Subcommand};
 
 /// Builds, tests and shows Interlock.
 ///
-/// Each command brings the tools it needs (Envoy, wasm-bindgen's test runner, Rust targets; Debian packages where it runs
+/// Each command brings the tools it needs (Envoy, wasm-bindgen's test runner, cargo-fuzz, Rust targets; Debian packages where it runs
 /// as root) and keeps them by version in the user's cache directory. What it can't bring it names, with the command that
 /// would.
 ///
@@ -39,6 +40,8 @@ enum Task {
     Soak(soak::SoakArgs),
     /// Show that the tests notice bugs, each seeded one at a time
     Mutants(mutants::MutantsArgs),
+    /// Fuzz what reads bytes from outside, with libFuzzer
+    Fuzz(fuzz::FuzzArgs),
     /// Check format, lints and docs, for every target
     Lint,
     /// Build the plugin: dist/interlock.wasm, and dist/interlock-faults.wasm for tests
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         Task::Test(args) => test::run(&args),
         Task::Soak(args) => soak::run(args),
         Task::Mutants(args) => mutants::run(&args),
+        Task::Fuzz(args) => fuzz::run(&args),
         Task::Lint => lint::run(),
         Task::Wasm(args) => wasm::run(&args),
     };

@@ -14,6 +14,7 @@ use clap::{Args, ValueEnum};
 use interlock_testkit::tools;
 
 use crate::conformance::Reports;
+use crate::fuzz;
 use crate::mutants::{self, MutantsArgs};
 use crate::wasm::{self, WasmArgs};
 
@@ -28,6 +29,9 @@ pub struct TestArgs {
     /// How long the soak takes, in seconds
     #[arg(long, default_value_t = 30)]
     soak_seconds: u32,
+    /// How long each fuzz target runs, in seconds
+    #[arg(long, default_value_t = 30)]
+    fuzz_seconds: u32,
 }
 
 /// A part of the tests. In the order they run in.
@@ -41,6 +45,8 @@ enum Stage {
     Mutants,
     /// The core's tests as wasm under Node
     Core,
+    /// Each fuzz target for a short while
+    Fuzz,
     /// Build the plugin
     Wasm,
     /// The plugin's file, and the plugin in a real Envoy
@@ -86,6 +92,7 @@ impl Stage {
             Stage::Native => native(cases),
             Stage::Mutants => mutants::run(&MutantsArgs::default()),
             Stage::Core => core(),
+            Stage::Fuzz => fuzz::briefly(args.fuzz_seconds),
             Stage::Wasm => wasm::run(&WasmArgs::default()),
             Stage::Envoy => envoy(cases),
             Stage::Soak => itself(&["soak", "--no-build", "--seconds", &args.soak_seconds.to_string()]),
