@@ -7,6 +7,7 @@
 pub mod check;
 pub mod fields;
 pub mod host;
+pub mod leases;
 pub mod lock_fence;
 pub mod lock_header;
 pub mod lock_name;

@@ -1,13 +1,15 @@
 //! Stored records: whatever bytes stand in shared data, the local backend reads them or says that it cannot.
 //!
-//! Input: three records, each with its length before it (two bytes, the lower first): a bucket of locks, one of owners, the
-//! sessions. The rest is what is then done, two bytes a step. [`Input`] takes it apart and puts it together.
+//! Input: four records, each with its length before it (two bytes, the lower first): a bucket of locks, one of owners, the
+//! sessions, a bucket of an authority's leases. The rest is what is then done, two bytes a step: by the local backend over a host,
+//! then by an authority ([`crate::leases`]). [`Input`] takes it apart and puts it together.
 
 use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::sync::LazyLock;
 
 use interlock::backend::local::{Local, Purpose, decode, encode};
+use interlock_core::lease::LeaseBucket;
 use interlock_core::store::{LockBucket, OwnerBucket, Record};
 use interlock_core::{
     Class, Classes, Duration, Lease, LeaseId, Limits, LockName, Mode, Outcome, OwnerId, Pending, Rank, Request, Rules,
@@ -28,7 +30,7 @@ const MAX_STEPS: usize = 40;
 /// What one step may ask of the host at the most: a sweep reads a quarter of all buckets, of locks and of owners; a search
 /// follows what the records say. Four bytes of record cannot name more than one thing to follow.
 fn most_calls(input: &Input<'_>) -> u64 {
-    let bytes = u64::try_from(input.locks.len() + input.owners.len()).expect("small");
+    let bytes = u64::try_from(input.len()).expect("small");
     2_000 + bytes * bytes / 16
 }
 
@@ -44,6 +46,8 @@ pub struct Input<'a> {
     pub owners: &'a [u8],
     /// The sessions.
     pub sessions: &'a [u8],
+    /// Every bucket of leases.
+    pub leases: &'a [u8],
     /// The steps.
     pub steps: &'a [u8],
 }
@@ -58,8 +62,8 @@ impl<'a> Input<'a> {
             section
         }
         let mut rest = data;
-        let [locks, owners, sessions] = [section(&mut rest), section(&mut rest), section(&mut rest)];
-        Input { locks, owners, sessions, steps: rest }
+        let [locks, owners, sessions, leases] = std::array::from_fn(|_| section(&mut rest));
+        Input { locks, owners, sessions, leases, steps: rest }
     }
 
     /// Puts an input together.
@@ -68,7 +72,14 @@ impl<'a> Input<'a> {
             let length = u16::try_from(bytes.len()).expect("a short record");
             [&length.to_le_bytes()[..], bytes].concat()
         };
-        [section(self.locks), section(self.owners), section(self.sessions), self.steps.to_vec()].concat()
+        let records = [self.locks, self.owners, self.sessions, self.leases].map(section);
+        [records.concat(), self.steps.to_vec()].concat()
+    }
+
+    /// How many bytes of records there are.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        self.locks.len() + self.owners.len() + self.sessions.len() + self.leases.len()
     }
 
     /// The record of a key; none where it is not one of those that the names here fall under.
@@ -111,11 +122,13 @@ pub fn run(data: &[u8]) {
     let locks = round_trip::<LockBucket>(input.locks);
     let owners = round_trip::<OwnerBucket>(input.owners);
     let sessions = round_trip::<Sessions>(input.sessions);
+    round_trip::<LeaseBucket>(input.leases);
+    crate::leases::play(&crate::leases::ByteStore::new(input));
 
     let host = Bench::with_shared(|key| input.of(key).map(<[u8]>::to_vec));
     let mut worker = Worker::open(&host);
     // What stands there, and what joining the table and keeping house add.
-    let mut most = (input.locks.len() + input.owners.len() + input.sessions.len()) * TOUCHED.len() + 2 * MOST_GROWTH;
+    let mut most = input.len() * TOUCHED.len() + 2 * MOST_GROWTH;
     for step in input.steps.chunks_exact(2).take(MAX_STEPS) {
         worker.step(step[0], step[1]);
         let calls = host.take_calls();
@@ -138,8 +151,11 @@ pub fn run(data: &[u8]) {
         };
         assert!(readable || input.of(key).is_none(), "{key} could not be read and was written over");
     }
-    let known = locks.iter().flat_map(LockBucket::queues).flat_map(|queue| queue.entries());
-    let forged = known.map(|entry| entry.lease).any(|lease| leases.contains(&lease));
+    // The records may name leases that were given only now.
+    let at_locks = locks.iter().flat_map(LockBucket::queues).flat_map(|queue| queue.entries()).map(|entry| entry.lease);
+    let in_index =
+        owners.iter().flat_map(OwnerBucket::holdings).flat_map(|holdings| &holdings.items).map(|item| item.lease);
+    let forged = at_locks.chain(in_index).any(|lease| leases.contains(&lease));
     // Where heartbeats cannot be read nobody can be said to have ended, and giving back is tried again later.
     if (sessions.is_some() || empty(input.sessions)) && !forged {
         written.iter().for_each(|(key, value)| nothing_left(key, value, &leases));
@@ -274,7 +290,8 @@ impl<'h, 'a> Worker<'h, 'a> {
     }
 }
 
-fn rules() -> Rules {
+/// The rules of every input.
+pub fn rules() -> Rules {
     let class = Class::default();
     let mut classes = Classes::default();
     classes.insert("pool".into(), Class { permits: 2, ..class });
@@ -288,5 +305,5 @@ fn rules() -> Rules {
         waiters: 1_000,
         longest_ttl: Duration::from_secs(60),
     };
-    Rules { classes, limits }
+    Rules { classes, limits, grace: Duration::ZERO }
 }

@@ -1,6 +1,9 @@
 //! Stored records: what the backend itself writes while the conformance cases are played, and what somebody broke of it.
 
+use interlock::backend::local::encode;
+use interlock_core::store::LockBucket;
 use interlock_fuzz::host::Bench;
+use interlock_fuzz::leases::{ByteStore, play};
 use interlock_fuzz::records::{Input, LOCKS, OWNERS, Worker, kind};
 use serde_json::Value;
 
@@ -55,6 +58,13 @@ fn played(steps: &[u8]) -> [Vec<u8>; 3] {
     largest
 }
 
+/// What an authority remembers after these steps.
+fn remembered(steps: &[u8]) -> Vec<u8> {
+    let store = ByteStore::new(Input { locks: &[], owners: &[], sessions: &[], leases: &[], steps });
+    play(&store);
+    store.leases()
+}
+
 /// The seeds of the target.
 pub fn seeds(cases: &[Value]) -> Seeds {
     let mut seeds = Seeds::default();
@@ -68,7 +78,8 @@ pub fn seeds(cases: &[Value]) -> Seeds {
             continue;
         }
         let steps = &steps[..steps.len().min(32)];
-        let whole = Input { locks: &locks, owners: &owners, sessions: &sessions, steps };
+        let leases = remembered(steps);
+        let whole = Input { locks: &locks, owners: &owners, sessions: &sessions, leases: &leases, steps };
         seeds.add(&format!("case-{}", case["name"].as_str().unwrap_or_default()), whole.bytes());
         bases.push((sizes, [locks, owners, sessions], steps.to_vec()));
     }
@@ -76,27 +87,37 @@ pub fn seeds(cases: &[Value]) -> Seeds {
     for (_, records, _) in bases.iter().take(6) {
         broken(&mut seeds, records, &steps);
     }
-    seeds.add("nothing", Input { locks: &[], owners: &[], sessions: &[], steps: &steps }.bytes());
+    for n in 0..6 {
+        let mut leases = remembered(&[10, 0, 2, n, 3, 4 + n, 2, 1 << 5 | n, 4, n, 7, n, 11, 2]);
+        seeds.add("leases", Input { locks: &[], owners: &[], sessions: &[], leases: &leases, steps: &steps }.bytes());
+        let at = leases.len().min(usize::from(n) * 7 + 3) - 1;
+        leases[at] ^= 0x11;
+        seeds.add("leases", Input { locks: &[], owners: &[], sessions: &[], leases: &leases, steps: &steps }.bytes());
+    }
+    seeds.add("nothing", Input { locks: &[], owners: &[], sessions: &[], leases: &[], steps: &steps }.bytes());
     seeds.add("nothing", Vec::new());
+    let format = encode(&LockBucket::default()).expect("a record")[0];
     for (stem, bytes) in [
-        ("another-format", &[2u8, 0, 0][..]),
-        ("only-the-format", &[1]),
-        ("empty-bucket", &[1, 0, 0]),
-        ("a-billion-entries", &[1, 0, 0xff, 0xff, 0xff, 0xff, 0x0f]),
-        ("highest-fence", &[1, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01, 0]),
-        ("number-too-long", &[1, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01, 0]),
-        ("number-of-two-spellings", &[1, 0x80, 0, 0]),
+        ("another-format", &[format ^ 3, 0, 0][..]),
+        ("only-the-format", &[format]),
+        ("empty-bucket", &[format, 0, 0]),
+        ("a-billion-entries", &[format, 0, 0xff, 0xff, 0xff, 0xff, 0x0f]),
+        ("highest-fence", &[format, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01, 0]),
+        ("number-too-long", &[format, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01, 0]),
+        ("number-of-two-spellings", &[format, 0x80, 0, 0]),
     ] {
-        seeds.add(stem, Input { locks: bytes, owners: &[], sessions: &[], steps: &steps }.bytes());
-        seeds.add(stem, Input { locks: &[], owners: bytes, sessions: &[], steps: &steps }.bytes());
-        seeds.add(stem, Input { locks: &[], owners: &[], sessions: bytes, steps: &steps }.bytes());
+        seeds.add(stem, Input { locks: bytes, owners: &[], sessions: &[], leases: &[], steps: &steps }.bytes());
+        seeds.add(stem, Input { locks: &[], owners: bytes, sessions: &[], leases: &[], steps: &steps }.bytes());
+        seeds.add(stem, Input { locks: &[], owners: &[], sessions: &[], leases: bytes, steps: &steps }.bytes());
+        seeds.add(stem, Input { locks: &[], owners: &[], sessions: bytes, leases: &[], steps: &steps }.bytes());
     }
     seeds
 }
 
 /// Records that were cut, grew, or have a bit turned; and ones of another kind.
 fn broken(seeds: &mut Seeds, [locks, owners, sessions]: &[Vec<u8>; 3], steps: &[u8]) {
-    let whole = |locks: &[u8], owners: &[u8], sessions: &[u8]| Input { locks, owners, sessions, steps }.bytes();
+    let whole =
+        |locks: &[u8], owners: &[u8], sessions: &[u8]| Input { locks, owners, sessions, leases: &[], steps }.bytes();
     seeds.add("swapped", whole(owners, locks, sessions));
     seeds.add("swapped", whole(sessions, sessions, locks));
     for share in [3, 2] {
