@@ -152,6 +152,62 @@ bugs! {
     /// One waiter more than the limit allows.
     WaitersOffByOne,
 
+    // The lease protocol: the authority.
+
+    /// A release that overtakes its request is not remembered.
+    TombstoneForgotten,
+    /// What is over is remembered for ever.
+    TombstoneKept,
+    /// A request for a lease that is being cancelled keeps what it was granted meanwhile.
+    LateGrantKept,
+    /// Whoever cancels a lease that waits leaves its entry in the queue.
+    DeleteLeavesWaiter,
+    /// The worker where a cancelled lease waits is not told.
+    DriverNotWoken,
+    /// What waits at a worker that died is ended by nobody.
+    DeadDriverKept,
+    /// Who only watches a lease cancels it by going.
+    WatcherCancels,
+    /// A request that is repeated gets the lease's time and does not renew it.
+    RepeatRenewsNothing,
+    /// Whoever knows an identity gets its lease, whatever was asked for.
+    IdentityOfAnother,
+    /// Locks that were granted before the last one are not renewed with it.
+    EarlierGrantNotRenewed,
+    /// A grant is renewed by the heartbeat of the worker that it was asked of.
+    DetachedHangsOnSession,
+    /// A table that may have lost its memory grants at once.
+    GraceSkipped,
+    /// A receipt brings a lease back after others have been granted its locks.
+    ReceiptAfterGrace,
+    /// A lease that was released comes back when its renewal does.
+    ReleasedLeaseRevived,
+    /// Of two receipts for one lock the one that comes last is the true one.
+    LowerFenceWins,
+    /// A lease comes back beside a rival, whoever was granted the lock later.
+    RestoredBesideRival,
+    /// A receipt gives a whole hold again.
+    ReceiptRestartsHold,
+    /// A fence that came back by a receipt is not above the next.
+    RestoredFenceForgotten,
+
+    // The lease protocol: the client.
+
+    /// A grant counts from its answer.
+    ValidFromAnswer,
+    /// A renewal counts from its answer.
+    RenewedFromAnswer,
+    /// An answer to a call that was given up counts from the next one.
+    LateAnswerBelieved,
+    /// A lease is believed in past its hold limit.
+    ClientIgnoresHold,
+    /// A renewal that failed is not tried again.
+    FailedRenewalStops,
+    /// A release that was not heard is not sent again.
+    ReleaseSentOnce,
+    /// A grant that comes after its request was forgotten is not given back.
+    LateGrantLeaked,
+
     // The local backend.
 
     /// The first write of a record goes through whoever was faster.

@@ -88,7 +88,9 @@ impl Entry {
         let ttl = if bug!(ExpiryTickEarly) { self.ttl.saturating_sub(Duration::from_micros(1)) } else { self.ttl };
         let ttl = if bug!(ExpiryTickLate) { ttl + Duration::from_micros(1) } else { ttl };
         match self.state {
-            State::Held { renewed, until, .. } if self.detached => (renewed + ttl).min(until),
+            State::Held { renewed, until, .. } if self.detached && !bug!(DetachedHangsOnSession) => {
+                (renewed + ttl).min(until)
+            }
             State::Held { renewed, until, .. } if bug!(HeartbeatRenewsNothing) => (renewed + ttl).min(until),
             State::Held { renewed, .. } if bug!(HoldLimitIgnored) => beat.unwrap_or(renewed).max(renewed) + ttl,
             State::Held { renewed, until, .. } => (beat.unwrap_or(renewed).max(renewed) + ttl).min(until),
@@ -204,7 +206,10 @@ impl Queue {
         rivals.sort_unstable();
         let room = if permits > 1 { usize::try_from(permits).unwrap_or(usize::MAX).saturating_sub(1) } else { 0 };
         rivals.truncate(rivals.len().saturating_sub(room));
-        if rivals.iter().any(|(fence, _)| *fence >= mine) {
+        if bug!(RestoredBesideRival) {
+            rivals.clear();
+        }
+        if rivals.iter().any(|(fence, _)| *fence >= mine) && !bug!(LowerFenceWins) {
             return false;
         }
         self.entries.retain(|held| !rivals.iter().any(|(_, lease)| *lease == held.lease));

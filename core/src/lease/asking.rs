@@ -35,7 +35,7 @@ pub fn put<S: Store>(
     let request = request.detached();
     let lease = request.lease;
     let deadline = deadline_of(&request);
-    let in_grace = !table.grace_left(scene)?.is_zero();
+    let in_grace = !table.grace_left(scene)?.is_zero() && !bug!(GraceSkipped);
     let found = store::update(scene.store, LeaseBucket::index(scene.store, lease), |leases: &mut LeaseBucket| {
         Ok(match leases.get(lease) {
             Some(Standing::Over { end, .. }) => (Found::Over(*end), Save::No),
@@ -116,7 +116,7 @@ pub fn poll<S: Store>(table: &mut Table, scene: &Scene<'_, S>, parked: Parked) -
 
 /// The stream of a request that waits has gone: if it drives the lease, that is cancelled.
 pub fn leave<S: Store>(table: &mut Table, scene: &Scene<'_, S>, parked: Parked) {
-    if parked.drives {
+    if parked.drives || bug!(WatcherCancels) {
         unpark(table, &parked);
         // Where the store fails the driver's session or the deadline ends it.
         let _ = end(table, scene, parked.lease, End::Cancelled);
@@ -137,6 +137,7 @@ fn settle<S: Store>(
             // The holder counts its TTL from when it is told of the grant, as nearly as it can know; what was granted before
             // counts from then as well.
             if granted_before_now(scene, &held.claim)
+                && !bug!(EarlierGrantNotRenewed)
                 && let Some((lock, loss)) = table.renew_claim(scene, &held.claim, None)?
             {
                 let want = held.claim.request.wants.iter().find(|want| want.name == lock);
@@ -150,7 +151,9 @@ fn settle<S: Store>(
             match change(scene, lease, |known| is_waiting(known).then_some(next.clone())) {
                 Ok(None) => Ok(Answer::Granted { granted: Box::new(granted(scene, &held.claim, arrived)), new: true }),
                 Ok(Some(end)) => {
-                    table.release(scene, held);
+                    if !bug!(LateGrantKept) {
+                        table.release(scene, held);
+                    }
                     Ok(Answer::Over(end))
                 }
                 Err(error) => {
@@ -190,7 +193,7 @@ fn again<S: Store>(
     claim: &Claim,
     arrived: Time,
 ) -> Result<Answer, StoreError> {
-    if table.renew_claim(scene, claim, None)?.is_some() {
+    if !bug!(RepeatRenewsNothing) && table.renew_claim(scene, claim, None)?.is_some() {
         end(table, scene, claim.request.lease, End::Expired)?;
         return Ok(Answer::Over(End::Expired));
     }
@@ -238,7 +241,7 @@ fn granted_before_now<S: Store>(scene: &Scene<'_, S>, claim: &Claim) -> bool {
 fn is_same(one: &Request, other: &Request) -> bool {
     let locks =
         |request: &Request| -> Vec<_> { request.wants.iter().map(|want| (want.name.clone(), want.mode)).collect() };
-    one.owner == other.owner && locks(one) == locks(other)
+    (one.owner == other.owner && locks(one) == locks(other)) || bug!(IdentityOfAnother)
 }
 
 fn deadline_of(request: &Request) -> Time {

@@ -104,8 +104,10 @@ pub fn renew<S: Store>(
 ) -> Result<Renewed, StoreError> {
     let claim = match read(scene, lease)? {
         Some(Standing::Held { claim, .. }) => claim,
-        Some(Standing::Waiting { .. } | Standing::Over { .. }) => return Ok(Renewed::Lost),
-        None => match receipt {
+        Some(Standing::Waiting { .. } | Standing::Over { .. }) if !bug!(ReleasedLeaseRevived) => {
+            return Ok(Renewed::Lost);
+        }
+        _ => match receipt {
             Some(receipt) if receipt.lease() == lease => match bring_back(table, scene, receipt)? {
                 Some(claim) => claim,
                 None => return Ok(Renewed::Lost),
@@ -183,7 +185,8 @@ pub fn sweep<S: Store>(table: &mut Table, scene: &Scene<'_, S>, bucket: u32) -> 
     for (lease, standing) in leases.leases() {
         match standing {
             Standing::Waiting { driver, deadline, .. } => {
-                if *deadline + LINGER <= scene.now || table.is_dead(scene, *driver)? {
+                let dead = table.is_dead(scene, *driver)? && !bug!(DeadDriverKept);
+                if *deadline + LINGER <= scene.now || dead {
                     end(table, scene, *lease, End::Cancelled)?;
                 }
             }
@@ -210,12 +213,13 @@ pub(super) fn bring_back<S: Store>(
     scene: &Scene<'_, S>,
     receipt: &Receipt,
 ) -> Result<Option<Box<Claim>>, StoreError> {
-    if table.grace_left(scene)?.is_zero() {
+    if table.grace_left(scene)?.is_zero() && !bug!(ReceiptAfterGrace) {
         return Ok(None);
     }
     let Some(claim) = restore(table, scene, receipt)? else { return Ok(None) };
     let next = Standing::Held { claim: Box::new(claim.clone()), seen: scene.now };
-    let open = |known: Option<&Standing>| matches!(known, None | Some(Standing::Held { .. }));
+    let open =
+        |known: Option<&Standing>| matches!(known, None | Some(Standing::Held { .. })) || bug!(ReleasedLeaseRevived);
     match change(scene, receipt.lease(), |known| open(known).then_some(next.clone())) {
         Ok(None) => Ok(Some(Box::new(claim))),
         Ok(Some(_)) => {
@@ -240,15 +244,20 @@ pub(super) fn end<S: Store>(
     let before = store::update(scene.store, LeaseBucket::index(scene.store, lease), |leases: &mut LeaseBucket| {
         let before = leases.get(lease).cloned();
         let ended = matches!(before, Some(Standing::Over { .. }));
-        if !ended {
+        let forgets = bug!(TombstoneForgotten) && before.is_none();
+        if !ended && !forgets {
             leases.set(lease, over.clone(), scene.now);
         }
         Ok((before, Save::from(!ended)))
     })?;
     match &before {
         Some(Standing::Waiting { claim, driver, .. }) => {
-            table.uproot(scene, &claim.request);
-            table.wake(Wake { session: *driver, lease });
+            if !bug!(DeleteLeavesWaiter) {
+                table.uproot(scene, &claim.request);
+            }
+            if !bug!(DriverNotWoken) {
+                table.wake(Wake { session: *driver, lease });
+            }
         }
         Some(Standing::Held { claim, .. }) => drop(table.uproot(scene, &claim.request)),
         Some(Standing::Over { .. }) | None => {}

@@ -214,14 +214,14 @@ impl<G: Clone, W> Client<G, W> {
     pub fn answered(&mut self, now: Time, call: CallId, answer: PutAnswer<G, W>) {
         let Some(Call::Put(lease)) = self.open.remove(&call) else { return };
         let Some(mut entry) = self.leases.remove(&lease) else {
-            if matches!(answer, PutAnswer::Granted { .. }) {
+            if matches!(answer, PutAnswer::Granted { .. }) && !bug!(LateGrantLeaked) {
                 // Nothing is known of it here any more; it only has to be given back.
                 self.delete(lease);
             }
             return;
         };
         let sent = match entry.phase {
-            Phase::Asking { call: current, sent } if current == call => sent,
+            Phase::Asking { call: current, sent } if current == call || bug!(LateAnswerBelieved) => sent,
             // It was given up, and is being cancelled: that reaches the authority, or the lease ends by its TTL.
             _ => {
                 self.leases.insert(lease, entry);
@@ -230,9 +230,9 @@ impl<G: Clone, W> Client<G, W> {
         };
         match answer {
             PutAnswer::Granted { ttl, waited, grant } => {
-                let granted = sent + waited;
+                let granted = if bug!(ValidFromAnswer) { now } else { sent + waited };
                 let ends = granted + entry.ask.hold;
-                let until = (granted + ttl).min(ends);
+                let until = if bug!(ClientIgnoresHold) { granted + ttl } else { (granted + ttl).min(ends) };
                 if until <= now {
                     // The answer took so long that the lease may have ended since.
                     if now < entry.ask.deadline {
@@ -274,6 +274,7 @@ impl<G: Clone, W> Client<G, W> {
             match answer {
                 Some(Some(expires_in)) => {
                     entry.failures = 0;
+                    let sent = if bug!(RenewedFromAnswer) { now } else { sent };
                     *until = (sent + expires_in).max(*until).min(*ends);
                     *renew_at = sent + expires_in / 3;
                 }
@@ -301,7 +302,8 @@ impl<G: Clone, W> Client<G, W> {
     /// A call was not answered, or by something that says nothing of the lease: it may have reached the authority. `why`
     /// tells of it if that is the end of a request; `retry_after` is how long the authority wants to be left alone.
     pub fn failed(&mut self, now: Time, call: CallId, why: W, retry_after: Option<Duration>) {
-        match self.open.remove(&call) {
+        let open = if bug!(LateAnswerBelieved) { self.open.get(&call).cloned() } else { self.open.remove(&call) };
+        match open {
             Some(Call::Put(lease)) => {
                 let Some(mut entry) = self.leases.remove(&lease) else { return };
                 match entry.phase {
@@ -323,7 +325,7 @@ impl<G: Clone, W> Client<G, W> {
                 for lease in leases {
                     let Some(entry) = self.leases.get_mut(&lease) else { continue };
                     let Phase::Held { renew_at, renewing, .. } = &mut entry.phase else { continue };
-                    if *renewing == Some(call) {
+                    if *renewing == Some(call) && !bug!(FailedRenewalStops) {
                         *renewing = None;
                         *renew_at = now + pause(entry.failures);
                         entry.failures += 1;
@@ -333,6 +335,9 @@ impl<G: Clone, W> Client<G, W> {
             Some(Call::Delete(lease)) => {
                 let Some(entry) = self.leases.get_mut(&lease) else { return };
                 let Phase::Fading { again_at, call, .. } = &mut entry.phase else { return };
+                if bug!(ReleaseSentOnce) {
+                    return;
+                }
                 *call = None;
                 *again_at = now + pause(entry.failures);
                 entry.failures += 1;

@@ -111,7 +111,7 @@ impl LeaseBucket {
             Standing::Over { since, .. } => {
                 let spared = spare > 0;
                 spare = spare.saturating_sub(1);
-                !spared && now < *since + LINGER
+                !spared && (now < *since + LINGER || bug!(TombstoneKept))
             }
             Standing::Waiting { .. } | Standing::Held { .. } => true,
         });

@@ -5,6 +5,8 @@ use interlock_core::lease::{Answer, Deleted, End, Renewed};
 use interlock_core::{Fence, LeaseId, Mode, SessionId, Wake};
 
 use super::*;
+#[cfg(target_arch = "wasm32")]
+use wasm_bindgen_test::wasm_bindgen_test as test;
 
 #[test]
 fn a_lease_is_granted_renewed_and_given_back_by_any_worker() {
@@ -338,4 +340,30 @@ fn workers_without_a_session_serve_as_well() {
     let waiter = parked(authority.put(1, &asked(2, "b", "l")));
     let _ = authority.delete(0, 1);
     drop(granted(authority.poll(1, waiter)));
+}
+
+#[test]
+fn a_receipt_that_comes_after_the_grace_does_not_bring_back_an_older_fence() {
+    let mut authority = Authority::new(1);
+    let first = granted(authority.put(0, &asked(1, "a", "l")));
+    authority.restart(ms(0));
+    authority.advance(GRACE);
+    drop(granted(authority.put(0, &asked(2, "b", "l"))));
+    let _ = authority.delete(0, 2);
+    // The lock is free, but a resource has seen the fence of lease 2.
+    assert_eq!(authority.renew(0, 1, Some(&first.receipt)), Renewed::Lost);
+    assert!(authority.get(1).is_none());
+}
+
+#[test]
+fn fences_rise_over_those_that_came_back_by_receipts() {
+    let mut authority = Authority::new(1);
+    let first = granted(authority.put(0, &asked(1, "a", "l")));
+    authority.unix_micros -= 3_600_000_000;
+    authority.restart(ms(100));
+    assert!(matches!(authority.renew(0, 1, Some(&first.receipt)), Renewed::Renewed { .. }));
+    authority.advance(GRACE);
+    let _ = authority.delete(0, 1);
+    let next = granted(authority.put(0, &asked(2, "b", "l")));
+    assert!(fence(&next) > fence(&first), "{:?} after {:?}", fence(&next), fence(&first));
 }

@@ -4,6 +4,8 @@ use interlock_core::lease::{Ask, CallId, Client, Do, PutAnswer, Ticket};
 use interlock_core::{Duration, LeaseId, Loss, Mode, OwnerId, Time};
 
 use super::*;
+#[cfg(target_arch = "wasm32")]
+use wasm_bindgen_test::wasm_bindgen_test as test;
 
 /// Grants are numbers, and so are reasons.
 type Doing = Do<u32, u32>;
@@ -58,6 +60,7 @@ impl Proxy {
         while self.client.due() <= end {
             self.now = self.now.max(self.client.due());
             self.client.tick(self.now);
+            assert!(self.client.due() > self.now, "what was due is not done: {:?}", self.client);
         }
         self.now = end;
     }
@@ -289,4 +292,14 @@ fn an_answer_that_is_older_than_the_lease_is_not_believed() {
     proxy.now = proxy.now + ms(1200);
     proxy.answer(call, ms(300), ms(0));
     assert!(matches!(proxy.take()[..], [Do::Lost { ticket: TICKET, .. }, Do::Delete { .. }]));
+}
+
+#[test]
+fn a_hold_that_is_shorter_than_its_ttl_ends_first() {
+    let mut proxy = Proxy::holding(ms(3000), ms(1000));
+    proxy.advance(ms(999));
+    assert!(proxy.holds());
+    proxy.advance(ms(1));
+    assert!(!proxy.holds());
+    assert!(proxy.take().contains(&Do::Lost { ticket: TICKET, loss: Loss::HoldLimit }));
 }

@@ -1,21 +1,22 @@
 //! The lease protocol: both state machines, message by message, on a virtual clock.
 //!
 //! `authority` drives the authority's workers over one store; `client` a proxy without any authority. The two together,
-//! over a network that does its worst, are the simulator's.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+//! over a network that does its worst, are the simulator's. `races` lets one worker act in the middle of another's step.
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 mod authority;
 mod client;
+mod races;
+#[path = "../common/store.rs"]
+mod store;
 
 use interlock_core::lease::{self, Answer, Deleted, Granted, Parked, Receipt, Renewed};
-use interlock_core::mem::MemStore;
 use interlock_core::store::Store;
 use interlock_core::{
     Census, Classes, Duration, Effects, Fence, LeaseId, Limits, LockName, Mode, OwnerId, Request, Rules, Scene, Table,
     Time, Want,
 };
-#[cfg(target_arch = "wasm32")]
-pub use wasm_bindgen_test::wasm_bindgen_test as test;
+use store::TestStore;
 
 const GRACE: Duration = Duration::from_secs(10);
 
@@ -52,7 +53,7 @@ impl Asked {
 
 /// An authority: workers over one store. With a session each, as in a proxy.
 struct Authority {
-    store: MemStore,
+    store: TestStore,
     rules: Rules,
     now: Time,
     unix_micros: u64,
@@ -72,7 +73,7 @@ impl Authority {
         let limits =
             Limits { locks_per_owner: Some(64), waiters_per_lock: 100, locks: 1000, waiters: 100, longest_ttl: GRACE };
         let mut authority = Authority {
-            store: MemStore::default(),
+            store: TestStore::default(),
             rules: Rules { classes: Classes::default(), limits, grace: GRACE },
             now: Time::from_micros(7_000_000),
             unix_micros: 1_764_000_000_000_000,
@@ -99,7 +100,7 @@ impl Authority {
     /// The process dies and starts again: another store, other workers, and the time that it took.
     fn restart(&mut self, down: Duration) {
         let workers = self.workers.len();
-        (self.store, self.workers) = (MemStore::default(), Vec::new());
+        (self.store, self.workers) = (TestStore::default(), Vec::new());
         self.pass(down);
         for _ in 0..workers {
             self.add_worker();
@@ -117,7 +118,7 @@ impl Authority {
         (0..self.workers.len()).for_each(|at| self.beat(at));
     }
 
-    fn on<T>(&mut self, at: usize, act: impl FnOnce(&mut Table, &Scene<'_, MemStore>) -> T) -> T {
+    fn on<T>(&mut self, at: usize, act: impl FnOnce(&mut Table, &Scene<'_, TestStore>) -> T) -> T {
         let scene = Scene { store: &self.store, rules: &self.rules, now: self.now, unix_micros: self.unix_micros };
         let answer = act(&mut self.workers[at], &scene);
         self.effects = self.workers[at].take_effects();

@@ -10,7 +10,7 @@ use interlock_testkit::tools;
 
 /// The tests that take no minutes. The property tests play few schedules, with other seeds each time: what they alone
 /// would find, they must not be relied on to find.
-const TESTS: [&str; 5] = ["--lib", "--test", "scenarios", "--test", "conformance"];
+const TESTS: [&str; 7] = ["--lib", "--test", "scenarios", "--test", "conformance", "--test", "lease"];
 
 pub fn run(files: &[String]) -> Result<()> {
     let mut mutants = Command::new(tools::cargo_mutants()?);
