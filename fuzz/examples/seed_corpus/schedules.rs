@@ -81,7 +81,61 @@ pub fn seeds(cases: &[Value]) -> Seeds {
         hold: 0,
         reentrant: true,
     };
-    let own: [(&str, Vec<Step>); 12] = [
+    let alone = |worker: u8, owner: u8, mode: u8| Step::Ask {
+        worker,
+        owner,
+        locks: vec![(0, mode)],
+        wait: 3,
+        ttl: 1,
+        hold: 2,
+        reentrant: false,
+    };
+    let writer_then = |rest: Vec<Step>| [vec![ask(0, 0, &[(0, 4)], 3)], rest].concat();
+    let own: [(&str, Vec<Step>); 22] = [
+        (
+            "readers-behind-a-writer",
+            writer_then(vec![ask(1, 1, &[(0, 2)], 3), ask(2, 2, &[(0, 2)], 3), Step::Release(0)]),
+        ),
+        (
+            "first-waiter-cancels",
+            writer_then(vec![ask(1, 1, &[(0, 4)], 3), ask(2, 2, &[(0, 2)], 3), Step::Cancel(0), Step::Release(0)]),
+        ),
+        (
+            "waiter-cancels-before-readers",
+            vec![ask(0, 0, &[(0, 2)], 3), ask(1, 1, &[(0, 4)], 3), ask(2, 2, &[(0, 2)], 3), Step::Cancel(0)],
+        ),
+        (
+            "upgrade-before-waiters",
+            vec![
+                ask(0, 0, &[(0, 2)], 3),
+                ask(1, 1, &[(0, 2)], 3),
+                ask(2, 2, &[(0, 4)], 3),
+                ask(0, 0, &[(0, 4)], 3),
+                Step::Release(1),
+            ],
+        ),
+        (
+            "re-entry-behind-a-waiter",
+            writer_then(vec![ask(1, 1, &[(0, 4)], 3), ask(0, 0, &[(0, 4)], 3), Step::Release(0), Step::Release(0)]),
+        ),
+        ("no-re-entry", vec![alone(0, 0, 4), alone(0, 0, 4), alone(1, 1, 2), alone(1, 1, 2)]),
+        ("hold-limit", writer_then(vec![ask(1, 1, &[(0, 4)], 3), Step::Advance(5), Step::Advance(5)])),
+        (
+            "waits-end",
+            writer_then(vec![ask(1, 1, &[(0, 4)], 1), ask(2, 2, &[(0, 4)], 1), Step::Advance(2), Step::Advance(2)]),
+        ),
+        ("many-waiters", writer_then((0..6).map(|n| ask(n % 4, n % 6, &[(0, 4)], 3)).collect())),
+        (
+            "renewals",
+            vec![
+                ask(3, 0, &[(0, 4)], 3),
+                ask(1, 1, &[(0, 4)], 3),
+                Step::Renew(0),
+                Step::Advance(3),
+                Step::Renew(0),
+                Step::Advance(7),
+            ],
+        ),
         (
             "cycle-of-three",
             vec![
