@@ -39,12 +39,22 @@ fn json(value: prost_types::Value) -> Value {
     match value.kind {
         None | Some(Kind::NullValue(_)) => Value::Null,
         Some(Kind::BoolValue(value)) => Value::Bool(value),
-        // Neither infinity nor NaN can be written in JSON or YAML; as null it is refused where a number is wanted.
-        Some(Kind::NumberValue(number)) => Number::from_f64(number).map_or(Value::Null, Value::Number),
+        Some(Kind::NumberValue(value)) => number(value),
         Some(Kind::StringValue(text)) => Value::String(text),
         Some(Kind::StructValue(fields)) => object(fields),
         Some(Kind::ListValue(list)) => Value::Array(list.values.into_iter().map(json).collect()),
     }
+}
+
+/// A Struct holds doubles only. What was written as a whole number is told as one: 0 and not 0.0.
+fn number(value: f64) -> Value {
+    const EXACT: f64 = 9_007_199_254_740_992.0;
+    if value.fract() == 0.0 && value.abs() <= EXACT {
+        // Whole and small enough, so nothing is lost.
+        return Value::from(value as i64);
+    }
+    // Neither infinity nor NaN can be written in JSON or YAML; as null it is refused where a number is wanted.
+    Number::from_f64(value).map_or(Value::Null, Value::Number)
 }
 
 #[cfg(test)]
@@ -66,11 +76,17 @@ mod tests {
             ("from".to_owned(), kind(Kind::ListValue(from))),
             ("yes".to_owned(), kind(Kind::BoolValue(true))),
             ("nothing".to_owned(), kind(Kind::NullValue(0))),
+            ("half".to_owned(), kind(Kind::NumberValue(-0.5))),
+            ("large".to_owned(), kind(Kind::NumberValue(1e19))),
+            ("infinite".to_owned(), kind(Kind::NumberValue(f64::INFINITY))),
         ];
         let bytes = Struct { fields: fields.into() }.encode_to_vec();
         assert_eq!(
             value(&bytes).unwrap(),
-            json!({ "limits": { "locks": 16.0 }, "from": ["traceparent"], "yes": true, "nothing": null })
+            json!({
+                "limits": { "locks": 16 }, "from": ["traceparent"], "yes": true, "nothing": null,
+                "half": -0.5, "large": 1e19, "infinite": null,
+            })
         );
     }
 
