@@ -111,10 +111,6 @@ impl Stream {
         let (active, runtime) = self.running.as_ref()?;
         with(runtime, |runtime| act(runtime, active))
     }
-
-    fn request_body(&self) -> Action {
-        action(self.with(|runtime, _| runtime.request_body(&HOST, self.id)))
-    }
 }
 
 impl Context for Stream {}
@@ -127,11 +123,11 @@ impl HttpContext for Stream {
     }
 
     fn on_http_request_body(&mut self, _: usize, _: bool) -> Action {
-        self.request_body()
+        action(self.with(|runtime, _| runtime.request_body(&HOST, self.id)))
     }
 
     fn on_http_request_trailers(&mut self, _: usize) -> Action {
-        self.request_body()
+        action(self.with(|runtime, active| runtime.request_trailers(&HOST, self.id, &active.policy)))
     }
 
     fn on_http_response_headers(&mut self, _: usize, _: bool) -> Action {

@@ -121,6 +121,11 @@ impl Host for Bench<'_> {
         Ok(())
     }
 
+    /// No request here has trailers.
+    fn remove_trailer(&self, _: &str) -> Result<(), HostError> {
+        Ok(())
+    }
+
     /// `%route-locks`, `%route` and `%principal` are properties.
     fn property(&self, path: &[&str]) -> Option<Vec<u8>> {
         let name = match path {

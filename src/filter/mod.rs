@@ -215,6 +215,15 @@ impl Runtime {
         }
     }
 
+    /// The trailers of the request. What a header cannot forge a trailer cannot either: some servers make one of both.
+    pub fn request_trailers(&mut self, host: &dyn Host, id: ContextId, policy: &Policy) -> Flow {
+        for name in not_the_callers(policy) {
+            // Fails only outside of this callback.
+            let _ = host.remove_trailer(name);
+        }
+        self.request_body(host, id)
+    }
+
     /// A part of the request's body, or its trailers. None can come while the request is parked, unless the filter chain
     /// is configured to let headers go ahead of it; then the request is refused rather than forwarded without its lock.
     pub fn request_body(&mut self, host: &dyn Host, id: ContextId) -> Flow {
@@ -443,11 +452,23 @@ fn reject_or_pass(host: &dyn Host, case: &Case, reject: Reject, waited: Duration
     }
 }
 
-/// Removes what is the filter's to set, and what it consumes.
-fn clean(host: &dyn Host, policy: &Policy) {
+/// What no caller may say to an upstream: what is the filter's to set, and what it consumes.
+///
+/// With `_` too: servers that hand headers to programs as variables (CGI, WSGI, Rack, PHP) make one name, and the last to
+/// come, of `lock-fence` and `lock_fence`. Case makes no difference to the host.
+fn not_the_callers(policy: &Policy) -> impl Iterator<Item = &'static str> {
     let consumed = policy.annotations.header != HeaderAnnotations::Pass;
-    let own: &[_] = if bug!(FencesNotStripped) { &["lock-status"] } else { &["lock-status", "lock-fence"] };
-    for name in own.iter().copied().chain(consumed.then_some("lock")) {
+    let own: &'static [_] = if bug!(FencesNotStripped) {
+        &["lock-status", "lock_status"]
+    } else {
+        &["lock-status", "lock_status", "lock-fence", "lock_fence"]
+    };
+    own.iter().copied().chain(consumed.then_some("lock"))
+}
+
+/// Removes from the effective stream's request what no caller may say.
+fn clean(host: &dyn Host, policy: &Policy) {
+    for name in not_the_callers(policy) {
         // Fails only outside the request phase, where there is nothing to forward.
         let _ = host.remove_header(Headers::Request, name);
     }

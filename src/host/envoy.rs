@@ -106,6 +106,8 @@ const fn map_of(headers: Headers) -> u32 {
     }
 }
 
+/// `WasmHeaderMapType::HttpRequestTrailers`.
+const REQUEST_TRAILERS: u32 = 1;
 /// `WasmBufferType::PluginConfiguration`.
 const PLUGIN_CONFIGURATION: u32 = 7;
 /// `WasmStreamType::Request`.
@@ -183,6 +185,15 @@ fn serialize(pairs: &[(&str, &[u8])]) -> Vec<u8> {
         bytes.push(0);
     }
     bytes
+}
+
+fn remove(call: &'static str, map: u32, name: &str) -> Result<(), HostError> {
+    // SAFETY: `name` lives over the call.
+    let status = unsafe { abi::proxy_remove_header_map_value(map, name.as_ptr(), name.len()) };
+    match failure(status) {
+        None | Some(Status::NotFound) => Ok(()),
+        Some(status) => Err(HostError { call, status }),
+    }
 }
 
 /// The host of this VM.
@@ -271,12 +282,11 @@ impl Host for Envoy {
     }
 
     fn remove_header(&self, headers: Headers, name: &str) -> Result<(), HostError> {
-        // SAFETY: `name` lives over the call.
-        let status = unsafe { abi::proxy_remove_header_map_value(map_of(headers), name.as_ptr(), name.len()) };
-        match failure(status) {
-            None | Some(Status::NotFound) => Ok(()),
-            Some(status) => Err(HostError { call: "remove_header", status }),
-        }
+        remove("remove_header", map_of(headers), name)
+    }
+
+    fn remove_trailer(&self, name: &str) -> Result<(), HostError> {
+        remove("remove_trailer", REQUEST_TRAILERS, name)
     }
 
     fn property(&self, path: &[&str]) -> Option<Vec<u8>> {

@@ -168,6 +168,8 @@ pub(crate) struct FakeStream {
     pub(crate) phase: Phase,
     pub(crate) request: Vec<(String, Vec<u8>)>,
     pub(crate) response: Vec<(String, Vec<u8>)>,
+    /// The request's, once they have come.
+    pub(crate) trailers: Option<Vec<(String, Vec<u8>)>>,
     /// Property paths joined by dots.
     pub(crate) properties: BTreeMap<String, Vec<u8>>,
     pub(crate) resumed: u32,
@@ -276,6 +278,7 @@ impl FakeHost {
             phase: Phase::Request,
             request: headers.iter().map(|(name, value)| ((*name).to_owned(), value.to_vec())).collect(),
             response: Vec::new(),
+            trailers: None,
             properties: BTreeMap::new(),
             resumed: 0,
             replies: Vec::new(),
@@ -378,7 +381,7 @@ impl FakeHost {
         }
     }
 
-    fn edit<T>(&self, stream: ContextId, edit: impl FnOnce(&mut FakeStream) -> T) -> T {
+    pub(crate) fn edit<T>(&self, stream: ContextId, edit: impl FnOnce(&mut FakeStream) -> T) -> T {
         edit(self.streams.borrow_mut().get_mut(&stream).expect("an open stream"))
     }
 

@@ -215,6 +215,12 @@ pub trait Host {
     /// As [`Host::header`].
     fn remove_header(&self, headers: Headers, name: &str) -> Result<(), HostError>;
 
+    /// Removes all fields of that name, if there are any, from the trailers of the effective stream's request.
+    ///
+    /// # Errors
+    /// `BadArgument` outside of the callback for those trailers.
+    fn remove_trailer(&self, name: &str) -> Result<(), HostError>;
+
     /// A property of the effective stream, or of the node; none where there is none, or it cannot be had as bytes.
     fn property(&self, path: &[&str]) -> Option<Vec<u8>>;
 

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use serde_json::json;
 
-use super::proxy::Proxy;
+use super::proxy::{Proxy, active};
 use super::{TABLE, millis, plain, secs, two};
 
 fn values(fields: &[(String, Vec<u8>)], name: &str) -> Vec<String> {
@@ -110,6 +110,8 @@ fn what_is_the_filters_to_set_is_removed_from_every_request() {
         ("lock-status", "forged;outcome=acquired"),
         ("lock-fence", "a/1;fence=9;mode=exclusive"),
         ("Lock-Fence", "a/2;fence=9;mode=exclusive"),
+        ("lock_fence", "a/3;fence=9;mode=exclusive"),
+        ("Lock_Status", "forged;outcome=acquired"),
     ];
     let proxy = two();
     let with = |vm, others: &[(&'static str, &'static str)]| proxy.request(vm, &[&inbound[..], others].concat());
@@ -120,6 +122,7 @@ fn what_is_the_filters_to_set_is_removed_from_every_request() {
         let stream = proxy.vm(call.vm).host.stream(call.id);
         let names: BTreeSet<_> = stream.request.iter().map(|(name, _)| name.to_ascii_lowercase()).collect();
         assert!(!names.contains("lock-status") && !names.contains("lock"), "{names:?}");
+        assert!(!names.contains("lock_status") && !names.contains("lock_fence"), "{names:?}");
         assert_eq!(names.contains("lock-fence"), call == annotated);
         assert_eq!(proxy.fence(call, "a/1"), None);
     }
@@ -128,6 +131,26 @@ fn what_is_the_filters_to_set_is_removed_from_every_request() {
         proxy.deliver();
     }
     proxy.assert_rest(TABLE);
+}
+
+#[test]
+fn what_is_the_filters_to_set_is_removed_from_trailers_too() {
+    let sent = ["lock", "Lock-Fence", "lock_fence", "lock-status", "LOCK_STATUS", "checksum"];
+    for (header, enforcement, left) in [
+        ("accept", "enforce", &["checksum"][..]),
+        ("pass", "enforce", &["lock", "checksum"]),
+        ("accept", "off", &["checksum"]),
+    ] {
+        let mut policy = plain();
+        policy["annotations"] = json!({ "header": header });
+        policy["enforcement"] = json!(enforcement);
+        let proxy = Proxy::new(2, &policy);
+        proxy.run(secs(1));
+        for call in [proxy.lock(0, "one", "b/1"), proxy.request(1, &[("x-request-id", "two")])] {
+            assert_eq!(proxy.vm(call.vm).trailers(call.id, &active(&policy), &sent), left, "{header}, {enforcement}");
+            proxy.end(call);
+        }
+    }
 }
 
 #[test]

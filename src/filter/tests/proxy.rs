@@ -232,6 +232,17 @@ impl Vm {
         flow
     }
 
+    /// The request's trailers come; gives back those that go on.
+    pub(super) fn trailers(&self, id: ContextId, active: &Active, fields: &[&str]) -> Vec<String> {
+        let phase = self.host.stream(id).phase;
+        let given = fields.iter().map(|name| ((*name).to_owned(), b"a/1;fence=9".to_vec())).collect();
+        self.host.edit(id, |stream| stream.trailers = Some(given));
+        let flow = self.within(id, phase, |runtime| runtime.request_trailers(&self.host, id, &active.policy));
+        assert_eq!(flow, Flow::Continue);
+        self.settle();
+        self.host.stream(id).trailers.unwrap().into_iter().map(|(name, _)| name).collect()
+    }
+
     /// The stream ends, wherever it is.
     pub(super) fn end(&self, id: ContextId) {
         self.finish(id, false);

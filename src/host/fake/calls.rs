@@ -64,6 +64,17 @@ impl Host for FakeHost {
         self.with_fields("remove_header", headers, |fields| fields.retain(|(n, _)| !n.eq_ignore_ascii_case(name)))
     }
 
+    fn remove_trailer(&self, name: &str) -> Result<(), HostError> {
+        self.count(|calls| calls.header_writes += 1);
+        self.fault("remove_trailer")?;
+        let refused = HostError { call: "remove_trailer", status: Status::BadArgument };
+        let id = self.effective().ok_or(refused)?;
+        let mut streams = self.streams.borrow_mut();
+        let trailers = streams.get_mut(&id).and_then(|stream| stream.trailers.as_mut()).ok_or(refused)?;
+        trailers.retain(|(n, _)| !n.eq_ignore_ascii_case(name));
+        Ok(())
+    }
+
     fn property(&self, path: &[&str]) -> Option<Vec<u8>> {
         self.count(|calls| calls.property_reads += 1);
         self.fault("property").ok()?;
