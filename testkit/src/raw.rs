@@ -87,6 +87,11 @@ impl RawClient {
         Ok(all)
     }
 
+    /// Closes this side's half: no more bytes come from here.
+    pub async fn half_close(&mut self) -> Result<()> {
+        self.stream.shutdown().await.context("cannot close one half")
+    }
+
     /// Leaves with a reset (RST) instead of an orderly close.
     pub fn reset(self) -> Result<()> {
         self.stream.set_zero_linger().context("cannot set SO_LINGER")
@@ -159,7 +164,8 @@ impl RawClient {
         }
     }
 
-    async fn take(&mut self, length: usize) -> Result<Vec<u8>> {
+    /// Reads so many bytes.
+    pub async fn take(&mut self, length: usize) -> Result<Vec<u8>> {
         while self.unread.len() < length {
             if !self.read_more().await? {
                 bail!("closed after {} of {length} bytes", self.unread.len());

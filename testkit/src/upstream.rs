@@ -50,6 +50,8 @@ pub struct Recorded {
     pub headers: HeaderMap,
     /// The body.
     pub body: Bytes,
+    /// The trailers, once they have come.
+    pub trailers: HeaderMap,
     /// When its head had come.
     pub arrived: Instant,
     /// How and when it ended; none while it is here.
@@ -322,8 +324,16 @@ async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Result<Respo
     let (head, body) = request.into_parts();
     let path = head.uri.path_and_query().map_or_else(|| "/".to_owned(), ToString::to_string);
     let method = head.method.to_string();
-    let mut request =
-        Recorded { number: 0, method, path, headers: head.headers, body: Bytes::new(), arrived, ended: None };
+    let mut request = Recorded {
+        number: 0,
+        method,
+        path,
+        headers: head.headers,
+        body: Bytes::new(),
+        trailers: HeaderMap::new(),
+        arrived,
+        ended: None,
+    };
     let (mut section, mut number) = (None, None);
     if shared.watches {
         section = Some(shared.checker.enter(&request.headers, &request.path));
@@ -333,9 +343,12 @@ async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Result<Respo
         recorded.push(request.clone());
     }
     let mut visit = Visit { shared: Arc::clone(&shared), number, section };
-    request.body = body.collect().await?.to_bytes();
+    let body = body.collect().await?;
+    request.trailers = body.trailers().cloned().unwrap_or_default();
+    request.body = body.to_bytes();
     if let Some(number) = number {
-        shared.lock()[number].body = request.body.clone();
+        let mut recorded = shared.lock();
+        (recorded[number].body, recorded[number].trailers) = (request.body.clone(), request.trailers.clone());
     }
     let reply = match &shared.handler {
         Some(handler) => handler(request).await,

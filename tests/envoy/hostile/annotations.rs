@@ -1,4 +1,4 @@
-//! Annotations that no honest client sends: a clear answer each, no trap, no hang. Whoever comes after them is served.
+//! Annotations that no honest client sends, one by one, and what is said of them.
 
 use interlock_testkit::{EnvoyConfig, RawClient, RawResponse};
 use serde_json::{Value, json};
