@@ -116,14 +116,14 @@ impl Stream {
 impl Context for Stream {}
 
 impl HttpContext for Stream {
-    fn on_http_request_headers(&mut self, _: usize, _: bool) -> Action {
+    fn on_http_request_headers(&mut self, _: usize, end: bool) -> Action {
         #[cfg(feature = "fault-injection")]
         crate::fault::inject(&HOST);
-        action(self.with(|runtime, active| runtime.request_headers(&HOST, self.id, active)))
+        action(self.with(|runtime, active| runtime.request_headers(&HOST, self.id, active, end)))
     }
 
-    fn on_http_request_body(&mut self, _: usize, _: bool) -> Action {
-        action(self.with(|runtime, _| runtime.request_body(&HOST, self.id)))
+    fn on_http_request_body(&mut self, size: usize, end: bool) -> Action {
+        action(self.with(|runtime, _| runtime.request_body(&HOST, self.id, size, end)))
     }
 
     fn on_http_request_trailers(&mut self, _: usize) -> Action {

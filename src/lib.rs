@@ -4,6 +4,7 @@
 
 pub mod annotation;
 pub mod answer;
+pub mod api;
 pub mod backend;
 pub mod filter;
 pub mod host;

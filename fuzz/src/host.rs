@@ -126,6 +126,11 @@ impl Host for Bench<'_> {
         Ok(())
     }
 
+    /// The targets hand bodies over themselves.
+    fn request_body(&self, _: usize) -> Result<Vec<u8>, HostError> {
+        Ok(Vec::new())
+    }
+
     /// `%route-locks`, `%route` and `%principal` are properties.
     fn property(&self, path: &[&str]) -> Option<Vec<u8>> {
         let name = match path {

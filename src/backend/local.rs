@@ -7,9 +7,12 @@
 //! of keys, all under a prefix that carries the format and the instance. It lives as long as the process, which is why
 //! moments on the process's monotonic clock may be stored in it.
 
+mod leases;
+
 use core::hash::Hasher;
 
 use interlock_core::bug;
+use interlock_core::lease::authority;
 use interlock_core::session::BEAT;
 use interlock_core::store::{Kind, Record, Version};
 use interlock_core::{
@@ -313,7 +316,10 @@ impl Local {
             let end = BUCKETS.min(self.swept + SWEEP_STEP);
             for bucket in self.swept..end {
                 // One bucket that cannot be read must not keep the others from being swept.
-                if let Err(error) = self.table.sweep(scene, bucket, &mut self.census) {
+                // Only where leases come by message is there anything to remember of them.
+                let swept =
+                    if rules.grace.is_zero() { Ok(()) } else { authority::sweep(&mut self.table, scene, bucket) };
+                if let Err(error) = swept.and_then(|()| self.table.sweep(scene, bucket, &mut self.census)) {
                     self.unswept = Some(error);
                 }
             }
@@ -323,7 +329,11 @@ impl Local {
             }
             self.swept = 0;
             let census = core::mem::take(&mut self.census);
-            self.unswept.take().map_or(Ok(Some(census)), Err)
+            if let Some(error) = self.unswept.take() {
+                return Err(error);
+            }
+            self.table.publish_census(scene, &census)?;
+            Ok(Some(census))
         })
     }
 

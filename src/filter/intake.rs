@@ -65,7 +65,7 @@ pub fn read(host: &dyn Host, policy: &Policy) -> Intake {
     };
     let path = if policy.rules.needs_path() { header(":path").unwrap_or_default() } else { Vec::new() };
     let method = if policy.rules.needs_method() { header(":method").unwrap_or_default() } else { Vec::new() };
-    let principal = || host.property(&["connection", "uri_san_peer_certificate"]).filter(|id| !id.is_empty());
+    let principal = || principal(host);
     let lookup = Lookup {
         method: &method,
         path: &path,
@@ -125,6 +125,11 @@ pub fn read(host: &dyn Host, policy: &Policy) -> Intake {
     }
 }
 
+/// Who the effective stream's caller is: the SPIFFE ID of its certificate, over mTLS.
+pub fn principal(host: &dyn Host) -> Option<Vec<u8>> {
+    host.property(&["connection", "uri_san_peer_certificate"]).filter(|id| !id.is_empty())
+}
+
 /// Whose the effective stream's request is.
 pub fn owner(host: &dyn Host, policy: &Policy) -> Option<OwnerId> {
     // Baggage is a list and may come in several fields; of the others a second field would be somebody's mistake.
@@ -152,7 +157,7 @@ fn malformed(terms: Terms, detail: String) -> Intake {
 }
 
 /// Turns what is wanted into what is asked of the table, within the policy's limits.
-fn wants(
+pub fn wants(
     policy: &Policy,
     wanted: Vec<Wanted>,
     patience: Duration,

@@ -4,6 +4,7 @@
 //! in the same VM, and requests of the old one go on. HTTP contexts hold nothing but their id. Host calls go through
 //! [`Host`]; who gets a lock is decided below, in the backend and the core.
 
+mod calls;
 pub mod fences;
 pub mod intake;
 mod report;
@@ -26,6 +27,7 @@ use crate::backend::local::{Local, Purpose};
 use crate::host::{ContextId, Headers, Host, HostError};
 use crate::policy::{Enforcement, HeaderAnnotations, OnUnavailable, Policy, Reentrancy};
 use crate::telemetry::Telemetry;
+use calls::Call;
 use intake::{Asked, Intake, Terms};
 use respond::Answer;
 use stream::{Case, Ended, Held, State, Stream};
@@ -56,8 +58,9 @@ impl Active {
             waiters: policy.limits.waiters,
             longest_ttl: policy.limits.max_ttl,
         };
-        // No lease outlives the process that the local table lives in.
-        let rules = Rules { classes: policy.classes.clone(), limits, grace: Duration::ZERO };
+        // Only a lease that is renewed by message can outlive the process that the table lives in.
+        let grace = if policy.api.is_some() { policy.limits.max_ttl } else { Duration::ZERO };
+        let rules = Rules { classes: policy.classes.clone(), limits, grace };
         let telemetry = Telemetry::new(policy.classes.names().map(str::to_owned), &policy.instance);
         let audits = policy.enforcement == Enforcement::Audit
             || policy.rules.iter().any(|rule| rule.enforcement == Enforcement::Audit);
@@ -106,6 +109,8 @@ pub struct Runtime {
     tables: Tables,
     streams: HashMap<ContextId, Stream>,
     leases: HashMap<(Purpose, LeaseId), ContextId>,
+    /// Requests to the lease API under way.
+    calls: HashMap<ContextId, Call>,
     timers: BTreeSet<(Time, ContextId)>,
     /// The latest configuration: what is done without a request is done under it.
     active: Rc<Active>,
@@ -130,6 +135,7 @@ impl Runtime {
             tables: Tables { enforce, audit: None },
             streams: HashMap::new(),
             leases: HashMap::new(),
+            calls: HashMap::new(),
             timers: BTreeSet::new(),
             active,
             served: false,
@@ -169,9 +175,15 @@ impl Runtime {
     }
 
     /// The request headers of the effective stream.
-    pub fn request_headers(&mut self, host: &dyn Host, id: ContextId, active: &Rc<Active>) -> Flow {
+    /// `end`: there is no body behind them.
+    pub fn request_headers(&mut self, host: &dyn Host, id: ContextId, active: &Rc<Active>, end: bool) -> Flow {
         self.served = true;
         let policy = &active.policy;
+        if let Some(api) = &policy.api
+            && let Some(flow) = self.call(host, id, active, api, end)
+        {
+            return flow;
+        }
         if active.off {
             // The kill switch decides nothing. That nobody can forge what is the filter's to set holds all the same.
             clean(host, policy);
@@ -221,12 +233,17 @@ impl Runtime {
             // Fails only outside of this callback.
             let _ = host.remove_trailer(name);
         }
-        self.request_body(host, id)
+        self.request_body(host, id, 0, true)
     }
 
     /// A part of the request's body, or its trailers. None can come while the request is parked, unless the filter chain
     /// is configured to let headers go ahead of it; then the request is refused rather than forwarded without its lock.
-    pub fn request_body(&mut self, host: &dyn Host, id: ContextId) -> Flow {
+    ///
+    /// `size`: how many bytes are buffered; `end`: it is all there.
+    pub fn request_body(&mut self, host: &dyn Host, id: ContextId, size: usize, end: bool) -> Flow {
+        if self.calls.contains_key(&id) {
+            return self.call_body(host, id, size, end);
+        }
         let Some(stream) = self.streams.get(&id) else { return Flow::Continue };
         match stream.state {
             State::Waiting(_) if stream.case.is_enforced() => {
@@ -262,6 +279,7 @@ impl Runtime {
 
     /// The stream has ended, in whatever way: gives back what it has.
     pub fn end(&mut self, host: &dyn Host, id: ContextId) {
+        self.call_ended(host, id);
         let Some(Stream { mut case, state, .. }) = self.take(id) else { return };
         let purpose = case.purpose();
         let Some(local) = self.tables.get(purpose) else { return };
@@ -284,7 +302,7 @@ impl Runtime {
 
     /// Ends the instance in this VM, if no stream hangs on it. What it shares with other VMs stays.
     pub fn close(&mut self, host: &dyn Host) -> bool {
-        let idle = self.streams.is_empty();
+        let idle = self.streams.is_empty() && self.calls.is_empty();
         if idle {
             self.active.telemetry.retire(host);
         }
@@ -329,6 +347,9 @@ impl Runtime {
         waited: Duration,
     ) -> Fate {
         let enforced = case.is_enforced();
+        if let (true, Ok(Outcome::Refused(refusal))) = (enforced, &outcome) {
+            self.remember(host, refusal, &case.terms.asked_by);
+        }
         let (state, fate) = match outcome {
             Ok(Outcome::Granted(lease)) => {
                 report::acquired(host, &case, &lease, waited);

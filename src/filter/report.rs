@@ -1,6 +1,6 @@
 //! What the filter tells operators: metrics and log lines. Nothing is decided here.
 
-use interlock_core::{Cause, Duration, Event, Lease, LockName, Loss, Mode, Pending, State, StoreError};
+use interlock_core::{Cause, Duration, Entry, Event, Lease, LockName, Loss, Mode, OwnerId, Pending, State, StoreError};
 
 use super::Active;
 use super::stream::Case;
@@ -46,6 +46,70 @@ pub fn unlocked(host: &dyn Host, case: &Case, reject: &Reject, waited: Duration)
     log(host, case, Incident::Unlocked, reject, waited);
 }
 
+/// A lease that was asked for by message was refused.
+pub fn refused_lease(host: &dyn Host, active: &Active, reject: &Reject, asked_by: &str) {
+    let class = reject.lock().map_or("", LockName::class);
+    active.telemetry.refused(host, class, reject.slug(), Duration::ZERO);
+    if telemetry::enabled(host, Incident::Refused) {
+        let detail = reject.detail();
+        telemetry::log(host, &record(Incident::Refused, active, reject, &detail, asked_by));
+    }
+}
+
+/// A lock was taken away from its holders.
+pub fn broken(host: &dyn Host, active: &Active, lock: &LockName, ended: &[Entry]) {
+    for entry in ended {
+        let record = Record {
+            event: Incident::LeaseLost,
+            instance: &active.policy.instance,
+            owner: Some(entry.owner.as_str()),
+            lock: Some(lock.as_str()),
+            mode: Some(entry.mode.as_str()),
+            reason: "break-glass",
+            detail: "",
+            holders: &[],
+            cycle: &[],
+            waited: Duration::ZERO,
+            asked_by: &entry.asked_by,
+            route: "",
+        };
+        telemetry::log(host, &record);
+    }
+}
+
+/// What there is to say of a request that did not get its locks, whoever it came from.
+fn record<'a>(
+    event: Incident,
+    active: &'a Active,
+    reject: &'a Reject,
+    detail: &'a str,
+    asked_by: &'a str,
+) -> Record<'a> {
+    let refusal = match reject {
+        Reject::Core(refusal) => Some(refusal),
+        _ => None,
+    };
+    let (holders, cycle) = match refusal.map(|refusal| &refusal.cause) {
+        Some(Cause::Held { holders, .. } | Cause::WaitTimeout { holders, .. }) => (holders.as_slice(), &[][..]),
+        Some(Cause::Deadlock { cycle }) => (&[][..], cycle.as_slice()),
+        _ => (&[][..], &[][..]),
+    };
+    Record {
+        event,
+        instance: &active.policy.instance,
+        owner: reject.owner().map(OwnerId::as_str),
+        lock: reject.lock().map(LockName::as_str),
+        mode: refusal.map(|refusal| refusal.mode.as_str()),
+        reason: reject.slug(),
+        detail,
+        holders,
+        cycle,
+        waited: Duration::ZERO,
+        asked_by,
+        route: "",
+    }
+}
+
 /// Counts a failure of the backend, if that is what it was.
 fn failed(host: &dyn Host, case: &Case, reject: &Reject) {
     if let Reject::Core(refusal) = reject
@@ -61,28 +125,11 @@ fn log(host: &dyn Host, case: &Case, event: Incident, reject: &Reject, waited: D
         return;
     }
     let detail = reject.detail();
-    let refusal = match reject {
-        Reject::Core(refusal) => Some(refusal),
-        _ => None,
-    };
-    let (holders, cycle) = match refusal.map(|refusal| &refusal.cause) {
-        Some(Cause::Held { holders, .. } | Cause::WaitTimeout { holders, .. }) => (holders.as_slice(), &[][..]),
-        Some(Cause::Deadlock { cycle }) => (&[][..], cycle.as_slice()),
-        _ => (&[][..], &[][..]),
-    };
     let record = Record {
-        event,
-        instance: &case.active.policy.instance,
         owner: case.owner.as_ref().map(|owner| owner.as_str()),
-        lock: reject.lock().map(LockName::as_str),
-        mode: refusal.map(|refusal| refusal.mode.as_str()),
-        reason: reject.slug(),
-        detail: &detail,
-        holders,
-        cycle,
         waited,
-        asked_by: &case.terms.asked_by,
         route: &case.route,
+        ..record(event, &case.active, reject, &detail, &case.terms.asked_by)
     };
     telemetry::log(host, &record);
 }

@@ -44,6 +44,21 @@ impl Answer {
         }
     }
 
+    /// An answer of the lease API. Nobody keeps it: what it says holds now.
+    pub fn api(status: u16, content_type: &'static str, body: Vec<u8>, retry_after: Option<u64>) -> Self {
+        let mut headers =
+            vec![("content-type", content_type.as_bytes().to_vec()), ("cache-control", b"no-store".to_vec())];
+        headers.extend(retry_after.map(|seconds| ("retry-after", seconds.to_string().into_bytes())));
+        Answer { status: u32::from(status), details: String::from("interlock_api"), headers, body, grpc_status: None }
+    }
+
+    /// With a header more.
+    #[must_use]
+    pub fn and(mut self, name: &'static str, value: &str) -> Self {
+        self.headers.push((name, value.as_bytes().to_vec()));
+        self
+    }
+
     /// Sends it to the effective stream.
     ///
     /// # Errors

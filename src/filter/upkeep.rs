@@ -88,6 +88,9 @@ impl Runtime {
     /// Looks after one stream: a waiter that may have been granted, or whose time is up; a lease at its hold limit. Only
     /// from callbacks of a root, since it may have to answer the stream.
     fn look_after(&mut self, host: &dyn Host, id: ContextId) {
+        if self.calls.contains_key(&id) {
+            return self.look_after_call(host, id);
+        }
         let Some(Stream { case, state, .. }) = self.take(id) else { return };
         let purpose = case.purpose();
         match state {

@@ -110,6 +110,7 @@ const fn map_of(headers: Headers) -> u32 {
 const REQUEST_TRAILERS: u32 = 1;
 /// `WasmBufferType::PluginConfiguration`.
 const PLUGIN_CONFIGURATION: u32 = 7;
+const REQUEST_BODY: u32 = 0;
 /// `WasmStreamType::Request`.
 const REQUEST: u32 = 0;
 /// `__WASI_CLOCKID_MONOTONIC`, which Envoy serves from the process's steady clock.
@@ -287,6 +288,18 @@ impl Host for Envoy {
 
     fn remove_trailer(&self, name: &str) -> Result<(), HostError> {
         remove("remove_trailer", REQUEST_TRAILERS, name)
+    }
+
+    fn request_body(&self, most: usize) -> Result<Vec<u8>, HostError> {
+        let mut got = Returned::none();
+        // SAFETY: `got` lives over the call.
+        let status =
+            unsafe { abi::proxy_get_buffer_bytes(REQUEST_BODY, 0, most, &raw mut got.data, &raw mut got.size) };
+        match failure(status) {
+            None => Ok(got.into_vec()),
+            Some(Status::NotFound) => Ok(Vec::new()),
+            Some(status) => Err(HostError { call: "request_body", status }),
+        }
     }
 
     fn property(&self, path: &[&str]) -> Option<Vec<u8>> {

@@ -167,6 +167,8 @@ pub(crate) enum Phase {
 pub(crate) struct FakeStream {
     pub(crate) phase: Phase,
     pub(crate) request: Vec<(String, Vec<u8>)>,
+    /// What is buffered of the request's body.
+    pub(crate) body: Vec<u8>,
     pub(crate) response: Vec<(String, Vec<u8>)>,
     /// The request's, once they have come.
     pub(crate) trailers: Option<Vec<(String, Vec<u8>)>>,
@@ -277,6 +279,7 @@ impl FakeHost {
         let stream = FakeStream {
             phase: Phase::Request,
             request: headers.iter().map(|(name, value)| ((*name).to_owned(), value.to_vec())).collect(),
+            body: Vec::new(),
             response: Vec::new(),
             trailers: None,
             properties: BTreeMap::new(),
@@ -291,6 +294,11 @@ impl FakeHost {
     /// A property of one stream, its path joined by dots.
     pub(crate) fn set_property(&self, stream: ContextId, path: &str, value: &[u8]) {
         self.edit(stream, |stream| stream.properties.insert(path.to_owned(), value.to_vec()));
+    }
+
+    /// Bytes of the request's body that the host has buffered.
+    pub(crate) fn buffer(&self, stream: ContextId, body: &[u8]) {
+        self.edit(stream, |stream| stream.body = body.to_vec());
     }
 
     /// From here on a callback of that stream runs, or of the root.

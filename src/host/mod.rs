@@ -221,6 +221,13 @@ pub trait Host {
     /// `BadArgument` outside of the callback for those trailers.
     fn remove_trailer(&self, name: &str) -> Result<(), HostError>;
 
+    /// The part of the effective stream's request body that is buffered, up to `most` bytes of it. Only in its body
+    /// callback; what that stops is buffered, and there again in the next.
+    ///
+    /// # Errors
+    /// Outside that callback.
+    fn request_body(&self, most: usize) -> Result<Vec<u8>, HostError>;
+
     /// A property of the effective stream, or of the node; none where there is none, or it cannot be had as bytes.
     fn property(&self, path: &[&str]) -> Option<Vec<u8>>;
 

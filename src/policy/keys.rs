@@ -27,7 +27,7 @@ const VERSION: u8 = 1;
 const MAC: usize = 32;
 
 /// The shortest secret, in bytes.
-const MIN_SECRET: usize = 16;
+pub(super) const MIN_SECRET: usize = 16;
 
 /// The keys of a policy. The first signs, all verify. There may be none.
 #[derive(Clone, Default)]
@@ -108,6 +108,27 @@ impl Keys {
         if expiry <= now_unix_ms { Err(BadSignature::Expired) } else { Ok(expiry) }
     }
 
+    /// Seals bytes with the first key, for this purpose: the length of the key's id (1 byte), the id, HMAC-SHA256 over
+    /// purpose and bytes, each with its length (4 bytes) in front, and the bytes. Nothing where there is no key.
+    pub fn seal(&self, purpose: &[u8], payload: &[u8]) -> Option<Vec<u8>> {
+        let key = self.0.first()?;
+        let mut sealed = vec![u8::try_from(key.id.len()).ok()?];
+        sealed.extend_from_slice(key.id.as_bytes());
+        sealed.extend_from_slice(&key.over(purpose, payload).finalize().into_bytes());
+        sealed.extend_from_slice(payload);
+        Some(sealed)
+    }
+
+    /// What [`Keys::seal`] sealed for this purpose under any of the keys. The HMAC is compared in constant time.
+    pub fn open<'a>(&self, purpose: &[u8], sealed: &'a [u8]) -> Option<&'a [u8]> {
+        let (length, rest) = sealed.split_first()?;
+        let (id, rest) = rest.split_at_checked(usize::from(*length))?;
+        let (mac, payload) = rest.split_first_chunk::<MAC>()?;
+        let key = self.0.iter().find(|key| key.id.as_bytes() == id)?;
+        key.over(purpose, payload).verify_slice(mac).ok()?;
+        Some(payload)
+    }
+
     /// Reads `keys`. Secrets are looked up by `env` or written in base64; none is ever repeated in a complaint.
     pub(super) fn read(at: &Reader<'_>, env: &dyn Fn(&str) -> Option<String>) -> Result<Keys, PolicyError> {
         let mut keys = Keys::default();
@@ -139,7 +160,10 @@ impl Keys {
     }
 }
 
-fn secret<'a>(at: &Reader<'a>, env: &dyn Fn(&str) -> Option<String>) -> Result<(Reader<'a>, Vec<u8>), PolicyError> {
+pub(super) fn secret<'a>(
+    at: &Reader<'a>,
+    env: &dyn Fn(&str) -> Option<String>,
+) -> Result<(Reader<'a>, Vec<u8>), PolicyError> {
     let object = at.object(&["env", "base64"])?;
     match (object.get("env"), object.get("base64")) {
         (Some(place), None) => {
@@ -164,6 +188,15 @@ fn secret<'a>(at: &Reader<'a>, env: &dyn Fn(&str) -> Option<String>) -> Result<(
 }
 
 impl Key {
+    fn over(&self, purpose: &[u8], payload: &[u8]) -> Hmac<Sha256> {
+        let mut mac = self.mac.clone();
+        for field in [purpose, payload] {
+            mac.update(&u32::try_from(field.len()).unwrap_or(u32::MAX).to_be_bytes());
+            mac.update(field);
+        }
+        mac
+    }
+
     fn feed(&self, name: &LockName, fence: Fence, owner: &OwnerId, expiry: u64) -> Hmac<Sha256> {
         let mut mac = self.mac.clone();
         mac.update(b"interlock-fence");

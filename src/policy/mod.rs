@@ -3,6 +3,7 @@
 //! Pure: bytes in, a [`Policy`] or one line of complaint out. Must not live here: anything that calls the host, and
 //! what is done about a request.
 
+mod api;
 mod duration;
 mod keys;
 mod parse;
@@ -22,7 +23,8 @@ use std::time::Duration;
 
 use interlock_core::{Classes, Mode, Want};
 
-pub use duration::LONGEST;
+pub use api::Api;
+pub use duration::{LONGEST, parse as parse_duration, spell as spell_duration};
 pub use keys::{BadSignature, Keys};
 pub use reader::PolicyError;
 pub use rules::{Lookup, Match, Rule, RuleLock, Rules};
@@ -170,8 +172,10 @@ pub struct Policy {
     pub annotations: Annotations,
     /// The rules.
     pub rules: Rules,
-    /// The keys that sign fences.
+    /// The keys that sign fences and seal receipts.
     pub keys: Keys,
+    /// The lease API, if it is served.
+    pub api: Option<Api>,
     /// Who may lock a class: patterns of SPIFFE IDs, for the classes that have any.
     principals: BTreeMap<String, Vec<String>>,
 }

@@ -8,7 +8,7 @@ use interlock_core::{Class, Classes, LockName, Mode, Rank, Within};
 use super::duration::{LONGEST, spell};
 use super::reader::{Object, PolicyError, Reader, hint, list, quote};
 use super::{
-    Annotations, Backend, Defaults, Enforcement, HeaderAnnotations, Keys, Limits, MIN_TTL, OnUnavailable, Policy,
+    Annotations, Api, Backend, Defaults, Enforcement, HeaderAnnotations, Keys, Limits, MIN_TTL, OnUnavailable, Policy,
     Reentrancy, RouteAnnotations, parse_rules, wire,
 };
 use crate::annotation::owner::OwnerSource;
@@ -41,10 +41,8 @@ const FIELDS: [&str; 14] = [
 pub(super) fn policy(configuration: &[u8], env: &dyn Fn(&str) -> Option<String>) -> Result<Policy, PolicyError> {
     let value = wire::value(configuration)?;
     let object = Reader::root(&value).object(&FIELDS)?;
-    for later in ["api", "guard"] {
-        if object.get(later).is_some() {
-            return Err(object.error_at(later, "this build cannot do that yet; leave the field out"));
-        }
+    if object.get("guard").is_some() {
+        return Err(object.error_at("guard", "this build cannot do that yet; leave the field out"));
     }
     let instance = object.read("instance", |at| at.identifier().map(str::to_owned))?;
     let enforcement = object.read("enforcement", |at| at.word("an enforcement", &ENFORCEMENT))?;
@@ -58,6 +56,7 @@ pub(super) fn policy(configuration: &[u8], env: &dyn Fn(&str) -> Option<String>)
     let annotations = annotations(object.get("annotations"))?;
     let keys = object.read("keys", |at| Keys::read(&at, env))?.unwrap_or_default();
     let reentrancy = reentrancy(&object, &keys)?;
+    let api = object.read("api", |at| Api::read(&at, env))?;
 
     let mut policy = Policy {
         instance: instance.unwrap_or_else(|| "interlock".into()),
@@ -72,6 +71,7 @@ pub(super) fn policy(configuration: &[u8], env: &dyn Fn(&str) -> Option<String>)
         annotations,
         rules: super::Rules::default(),
         keys,
+        api,
         principals,
     };
     if let Some(rules) = object.read("rules", |at| parse_rules::rules(&at, &policy))? {
@@ -262,7 +262,7 @@ fn classes(at: Reader<'_>) -> Result<(Classes, Principals), PolicyError> {
     Ok((classes, principals))
 }
 
-fn patterns(at: &Reader<'_>) -> Result<Vec<String>, PolicyError> {
+pub(super) fn patterns(at: &Reader<'_>) -> Result<Vec<String>, PolicyError> {
     let mut patterns = Vec::new();
     for item in at.items()? {
         let pattern = item.text()?;
@@ -272,7 +272,7 @@ fn patterns(at: &Reader<'_>) -> Result<Vec<String>, PolicyError> {
         patterns.push(pattern.to_owned());
     }
     if patterns.is_empty() {
-        return Err(at.error("is empty, so nobody could lock the class; name a pattern, or leave the field out"));
+        return Err(at.error("is empty; name a pattern, or leave the field out"));
     }
     Ok(patterns)
 }

@@ -54,6 +54,11 @@ impl Parked {
         self.lease
     }
 
+    /// Whether it is this one that is woken when something becomes of the lease.
+    pub fn drives(&self) -> bool {
+        self.drives
+    }
+
     /// When to poll it at the latest, even if nothing wakes it.
     pub fn poll_at(&self) -> Time {
         self.poll_at
@@ -203,6 +208,9 @@ pub fn sweep<S: Store>(table: &mut Table, scene: &Scene<'_, S>, bucket: u32) -> 
             }
             Standing::Over { .. } => {}
         }
+    }
+    if !leases.clone().prune(scene.now) {
+        return Ok(());
     }
     store::update(scene.store, bucket, |leases: &mut LeaseBucket| Ok(((), Save::from(leases.prune(scene.now)))))
 }

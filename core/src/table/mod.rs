@@ -9,6 +9,7 @@ mod deadlock;
 mod index;
 mod terms;
 mod upkeep;
+mod view;
 
 use std::collections::BTreeMap;
 

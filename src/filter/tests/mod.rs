@@ -2,6 +2,7 @@
 
 mod annotate;
 mod budget;
+mod calls;
 mod faults;
 mod life;
 mod liveness;

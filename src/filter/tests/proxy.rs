@@ -179,7 +179,9 @@ impl Vm {
         }
         let open = Open { root, runtime: Rc::clone(&runtime), forwarded: false };
         self.open.borrow_mut().insert(id, open);
-        let flow = runtime.borrow_mut().request_headers(&self.host, id, &active);
+        // As the host says it of requests without a body.
+        let end = !headers.iter().any(|(name, _)| *name == "content-length");
+        let flow = runtime.borrow_mut().request_headers(&self.host, id, &active, end);
         if flow == Flow::Continue {
             assert!(self.host.stream(id).replies.is_empty(), "answered and forwarded");
             self.host.enter_phase(id, Phase::Upstream);
@@ -227,7 +229,7 @@ impl Vm {
 
     pub(super) fn body(&self, id: ContextId) -> Flow {
         let phase = self.host.stream(id).phase;
-        let flow = self.within(id, phase, |runtime| runtime.request_body(&self.host, id));
+        let flow = self.within(id, phase, |runtime| runtime.request_body(&self.host, id, 4, true));
         self.settle();
         flow
     }
@@ -241,6 +243,14 @@ impl Vm {
         assert_eq!(flow, Flow::Continue);
         self.settle();
         self.host.stream(id).trailers.unwrap().into_iter().map(|(name, _)| name).collect()
+    }
+
+    /// The whole body of a request whose headers wait for it.
+    pub(super) fn whole_body(&self, id: ContextId, body: &[u8]) {
+        self.host.buffer(id, body);
+        let flow = self.within(id, Phase::Request, |runtime| runtime.request_body(&self.host, id, body.len(), true));
+        assert_eq!(flow, Flow::Stop, "no request to the API goes upstream");
+        self.settle();
     }
 
     /// The stream ends, wherever it is.
@@ -390,6 +400,42 @@ impl Proxy {
 
     pub(super) fn request(&self, vm: usize, headers: &[(&str, &str)]) -> Call {
         Call { vm, id: self.vm(vm).request(None, headers) }
+    }
+
+    /// A request to the lease API.
+    pub(super) fn api(&self, vm: usize, method: &str, path: &str, body: Option<&Value>) -> Call {
+        self.api_as(vm, method, path, body, &[], &[])
+    }
+
+    /// As [`Proxy::api`], with further headers and properties.
+    pub(super) fn api_as(
+        &self,
+        vm: usize,
+        method: &str,
+        path: &str,
+        body: Option<&Value>,
+        headers: &[(&str, &str)],
+        properties: &[(&str, &str)],
+    ) -> Call {
+        let path = format!("/interlock/v1/{path}");
+        let mut all = vec![(":method", method), (":path", path.as_str())];
+        all.extend_from_slice(headers);
+        let text = body.map(Value::to_string);
+        if text.is_some() {
+            all.push(("content-length", "1"));
+        }
+        let id = self.vm(vm).request_with(None, &all, properties);
+        if let Some(text) = text {
+            self.vm(vm).whole_body(id, text.as_bytes());
+        }
+        Call { vm, id }
+    }
+
+    /// The status and the JSON of an answer of the plugin's own.
+    pub(super) fn answer(&self, call: Call) -> (u32, Value) {
+        let ended = self.ended(call);
+        let reply = ended.stream.replies.first().expect("an answer");
+        (reply.status, serde_json::from_slice(&reply.body).unwrap())
     }
 
     /// Where a stream is that has not ended.

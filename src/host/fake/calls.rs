@@ -75,6 +75,14 @@ impl Host for FakeHost {
         Ok(())
     }
 
+    fn request_body(&self, most: usize) -> Result<Vec<u8>, HostError> {
+        self.fault("request_body")?;
+        let refused = HostError { call: "request_body", status: Status::BadArgument };
+        let streams = self.streams.borrow();
+        let stream = self.effective().and_then(|id| streams.get(&id)).ok_or(refused)?;
+        Ok(stream.body.get(..most).unwrap_or(&stream.body).to_vec())
+    }
+
     fn property(&self, path: &[&str]) -> Option<Vec<u8>> {
         self.count(|calls| calls.property_reads += 1);
         self.fault("property").ok()?;
