@@ -208,7 +208,7 @@ pub struct Put {
 }
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object with owner and locks")]
 struct PutBody {
     owner: String,
     locks: Vec<LockBody>,
@@ -218,7 +218,7 @@ struct PutBody {
 }
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object with name")]
 struct LockBody {
     name: String,
     mode: Option<String>,
@@ -267,14 +267,14 @@ pub struct Renew {
 }
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object with leases")]
 struct RenewBody {
     leases: Vec<RenewItem>,
     ttl: Option<String>,
 }
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object with id")]
 struct RenewItem {
     id: String,
     receipt: Option<String>,
@@ -407,10 +407,10 @@ mod tests {
             ),
             (
                 r#"{"owner":"a","locks":[{"name":"a"}],"id":"x"}"#,
-                "body: unknown field `id`, expected one of `owner`, `locks`, `wait`, `ttl`, `receipt` at line 1 column 42",
+                "body: unknown field `id`, expected one of `owner`, `locks`, `wait`, `ttl`, `receipt` at line 1 column 40",
             ),
             ("", "body: EOF while parsing a value at line 1 column 0"),
-            ("[]", "body: invalid length 0, expected struct PutBody with 5 elements at line 1 column 2"),
+            ("[]", "body: invalid length 0, expected an object with owner and locks at line 1 column 2"),
         ] {
             assert_eq!(Put::read(body.as_bytes()).unwrap_err().to_string(), line);
         }

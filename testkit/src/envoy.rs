@@ -334,6 +334,11 @@ impl Envoy {
         ended.1.context("cannot end Envoy")?;
         Ok(ended.0.logs())
     }
+
+    /// Kills Envoy where it stands: it says goodbye to nobody.
+    pub fn kill(mut self) -> Result<()> {
+        self.child.kill().and_then(|()| self.child.wait()).context("cannot kill Envoy").map(drop)
+    }
 }
 
 impl Drop for Envoy {

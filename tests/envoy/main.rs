@@ -10,6 +10,7 @@ mod common;
 mod problem;
 mod world;
 
+mod api;
 mod audit;
 mod ends;
 mod faults;
