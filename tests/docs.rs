@@ -19,7 +19,7 @@ use interlock_core::{Cause, Limit, LockName, Loss, Mode, OwnerId, Refusal};
 use serde_json::Value;
 
 /// The pages with policies in them.
-const PAGES: [&str; 3] = ["docs/policy.md", "README.md", "examples/bank/README.md"];
+const PAGES: [&str; 4] = ["docs/policy.md", "docs/api.md", "README.md", "examples/bank/README.md"];
 
 fn read(file: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
@@ -34,7 +34,8 @@ fn yaml(text: &str) -> Value {
 }
 
 fn parse(policy: &Value) -> Result<Policy, String> {
-    let env = |name: &str| (name == "INTERLOCK_KEY").then(|| "0123456789abcdef0123456789abcdef".to_owned());
+    let known = ["INTERLOCK_KEY", "INTERLOCK_TOKEN"];
+    let env = |name: &str| known.contains(&name).then(|| "0123456789abcdef0123456789abcdef".to_owned());
     Policy::parse(policy.to_string().as_bytes(), &env).map_err(|error| error.to_string())
 }
 
@@ -63,6 +64,17 @@ fn rows(page: &str, header: &str) -> Vec<Vec<String>> {
     let rows: Vec<Vec<String>> = body.lines().skip(1).take_while(|line| line.starts_with('|')).map(row).collect();
     assert!(rows.len() > 2, "the table {header} has no rows");
     rows
+}
+
+#[test]
+fn every_policy_of_the_bootstraps_parses() {
+    for file in ["envoy/local.yaml", "envoy/authority.yaml"] {
+        let bootstrap = yaml(&read(file));
+        let filters = &bootstrap["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0];
+        let ours = &filters["typed_config"]["http_filters"][0]["typed_config"]["config"]["configuration"]["value"];
+        assert!(ours.is_object(), "{file}");
+        parse(ours).unwrap_or_else(|error| panic!("{file}: {error}"));
+    }
 }
 
 #[test]

@@ -43,8 +43,8 @@ impl<'a> Lease<'a> {
             id: name.as_str(),
             owner: granted.owner.as_str(),
             locks: locks.collect(),
-            ttl: spell_duration(granted.ttl),
-            waited: spell_duration(granted.waited),
+            ttl: millis(granted.ttl),
+            waited: millis(granted.waited),
             receipt,
         }
     }
@@ -63,7 +63,7 @@ impl<'a> RenewResult<'a> {
     /// Of the lease of that name.
     pub fn new(name: &'a LeaseName, renewed: Renewed) -> Self {
         let (status, expires_in) = match renewed {
-            Renewed::Renewed { expires_in } => ("renewed", Some(spell_duration(expires_in))),
+            Renewed::Renewed { expires_in } => ("renewed", Some(millis(expires_in))),
             Renewed::Lost => ("lost", None),
         };
         RenewResult { id: name.as_str(), status, expires_in }
@@ -142,8 +142,8 @@ impl LockView {
                 owner: entry.owner.to_string(),
                 mode: entry.mode.as_str(),
                 fence,
-                age: age(now.since(since)),
-                expires_in: age(entry.ends(sessions).since(now)),
+                age: millis(now.since(since)),
+                expires_in: millis(entry.ends(sessions).since(now)),
                 asked_by: entry.asked_by.clone(),
             }),
             State::Waiting { .. } => None,
@@ -154,8 +154,8 @@ impl LockView {
                 owner: entry.owner.to_string(),
                 mode: entry.mode.as_str(),
                 position: place + 1,
-                age: age(now.since(since)),
-                gives_up_in: age(deadline.since(now)),
+                age: millis(now.since(since)),
+                gives_up_in: millis(deadline.since(now)),
                 asked_by: entry.asked_by.clone(),
             }),
             State::Held { .. } => None,
@@ -168,8 +168,8 @@ impl LockView {
     }
 }
 
-/// People look at these: a millisecond is fine enough.
-fn age(span: Duration) -> String {
+/// In whole milliseconds, rounded down: who counts on a lease may count on less than it has, and never on more.
+pub fn millis(span: Duration) -> String {
     spell_duration(Duration::from_millis(u64::try_from(span.as_millis()).unwrap_or(u64::MAX)))
 }
 

@@ -179,8 +179,9 @@ impl Runtime {
         if target.is_admin() {
             let authorization = host.header(Headers::Request, "authorization").ok().flatten();
             if !api.is_admin(intake::principal(host).as_deref(), authorization.as_deref()) {
-                let detail = String::from("this takes an administrator: by SPIFFE ID, or by token");
-                return Some(refusal(&Reject::Forbidden { detail, lock: None, owner: None }));
+                let detail = "this takes an administrator: by SPIFFE ID, or by token";
+                let body = problem_body(403, "forbidden", "The caller may not do this", detail);
+                return Some(Answer::api(403, PROBLEM, body, None));
             }
         }
         self.beat(host, Purpose::Enforce);
@@ -332,7 +333,7 @@ impl Runtime {
                 } else {
                     let detail = format!(
                         "it has just started and grants nothing for another {}, so that leases from before can be renewed",
-                        crate::policy::spell_duration(left)
+                        body::millis(left)
                     );
                     let bytes = problem_body(503, "backend-unavailable", "The lock table has just started", &detail);
                     Answer::api(503, PROBLEM, bytes, Some(left.as_secs() + 1))

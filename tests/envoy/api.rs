@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use hyper::Method;
 use interlock_testkit::client::Ask;
-use interlock_testkit::{Answer, Client, DEADLINE, RawClient, wait_for_async};
+use interlock_testkit::{Answer, Client, DEADLINE, Envoy, EnvoyConfig, RawClient, tools, wait_for_async};
 use serde_json::{Value, json};
 
 use crate::world::World;
@@ -190,6 +190,25 @@ async fn breaking_the_glass_frees_a_lock_at_once() {
     assert_eq!(authority.renew("lease-of-the-lost", &Value::Null).await, "lost");
     assert_eq!(authority.delete("lease-of-the-next").await, "released");
     authority.world.assert_clean().await;
+}
+
+#[tokio::test]
+async fn the_authority_that_ships_serves_the_api_and_nothing_else() {
+    let file = tools::root().join("envoy/authority.yaml");
+    let envoy = Envoy::start(EnvoyConfig::from_file(&file).unwrap().policy(policy())).await.unwrap();
+    let client = Client::http1();
+    let url = |path: &str| format!("{}{path}", envoy.base_url());
+    wait_for_async("the end of the grace", DEADLINE, async || {
+        client.get(url("/interlock/v1/health")).send().await.unwrap().status == 200
+    })
+    .await;
+    let path = url("/interlock/v1/leases/lease-of-the-shipped");
+    let lease = client.ask(Method::PUT, &path).body(body("one", "order/1").to_string()).send().await.unwrap();
+    assert_eq!(lease.status, 201, "{}", lease.text());
+    assert_eq!(client.ask(Method::DELETE, &path).send().await.unwrap().json()["status"], "released");
+    assert_eq!(client.get(url("/interlock")).send().await.unwrap().status, 404);
+    assert!(!envoy.access_log().is_empty());
+    assert!(!envoy.logs().contains("lease-of-the-shipped"), "lease ids are capabilities");
 }
 
 #[tokio::test]
