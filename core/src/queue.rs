@@ -414,12 +414,14 @@ mod tests {
     }
 
     #[test]
-    fn without_reentry_an_owner_waits_for_itself() {
-        let mut lock = Lock::new(1);
-        let first = lock.ask_as("a", Exclusive, false);
-        let second = lock.ask_as("a", Exclusive, false);
-        assert!(!lock.holds(second));
-        assert_eq!(lock.blockers(second), [first]);
+    fn without_reentry_of_both_an_owner_waits_for_itself() {
+        for (one, other) in [(false, false), (false, true), (true, false)] {
+            let mut lock = Lock::new(1);
+            let first = lock.ask_as("a", Exclusive, one);
+            let second = lock.ask_as("a", Exclusive, other);
+            assert!(!lock.holds(second));
+            assert_eq!(lock.blockers(second), [first]);
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use interlock_core::lease::record::LINGER;
 use interlock_core::lease::{Answer, Deleted, End, Renewed};
-use interlock_core::{Fence, LeaseId, Mode, SessionId, Wake};
+use interlock_core::{Class, Fence, LeaseId, Mode, SessionId, Wake};
 
 use super::*;
 #[cfg(target_arch = "wasm32")]
@@ -366,4 +366,40 @@ fn fences_rise_over_those_that_came_back_by_receipts() {
     let _ = authority.delete(0, 1);
     let next = granted(authority.put(0, &asked(2, "b", "l")));
     assert!(fence(&next) > fence(&first), "{:?} after {:?}", fence(&next), fence(&first));
+}
+
+#[test]
+fn as_many_receipts_as_there_are_permits_come_back_the_latest_grants_first() {
+    for (order, owners) in [([1, 2, 3], "abc"), ([2, 3, 1], "abc"), ([3, 1, 2], "abc"), ([2, 3, 1], "aaa")] {
+        let mut authority = Authority::new(1);
+        authority.rules.classes.insert("pool".into(), Class { permits: 2, ..Class::default() });
+        let old = granted(authority.put(0, &asked(1, &owners[..1], "pool/1")));
+        let second = granted(authority.put(0, &asked(2, &owners[1..2], "pool/1")));
+        let _ = authority.delete(0, 1);
+        let third = granted(authority.put(0, &asked(3, &owners[2..], "pool/1")));
+        authority.restart(ms(100));
+        let receipts = [&old.receipt, &second.receipt, &third.receipt];
+        for lease in order {
+            let _ = authority.renew(0, lease, Some(receipts[usize::try_from(lease).unwrap() - 1]));
+        }
+        assert_eq!([1, 2, 3].map(|lease| authority.get(lease).is_some()), [false, true, true], "{order:?} {owners}");
+    }
+}
+
+#[test]
+fn a_receipt_evicts_nobody_that_it_goes_well_with() {
+    let mut authority = Authority::new(1);
+    let mode = |lease, owner, mode| Asked { locks: vec![("l", mode)], ..asked(lease, owner, "l") };
+    let reads = granted(authority.put(0, &mode(1, "a", Mode::Shared)));
+    let announces = granted(authority.put(0, &mode(2, "b", Mode::IntentShared)));
+    let upgrade = granted(authority.put(0, &mode(3, "b", Mode::Shared)));
+    authority.restart(ms(100));
+    for granted in [&upgrade, &reads, &announces] {
+        let renewed = authority.renew(0, granted.lease.0, Some(&granted.receipt));
+        assert!(matches!(renewed, Renewed::Renewed { .. }), "{granted:?}");
+    }
+    assert!((1..=3).all(|lease| authority.get(lease).is_some()));
+    // Twice is the same.
+    assert!(matches!(authority.reassert(0, &mode(1, "a", Mode::Shared), &reads.receipt), Answer::Granted { .. }));
+    assert_eq!(authority.sweep().1, 3);
 }

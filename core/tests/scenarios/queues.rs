@@ -1,8 +1,9 @@
 //! The queue rule, and permits.
 
 use crate::classes;
-use crate::common::{IX, S, SIX, World, X, ask, ms};
+use crate::common::{IX, S, SIX, World, X, ask, ms, rules};
 use interlock_core::Class;
+use interlock_core::session::DEAD_AFTER;
 #[cfg(target_arch = "wasm32")]
 use wasm_bindgen_test::wasm_bindgen_test as test;
 
@@ -130,6 +131,22 @@ fn without_re_entry_an_owner_is_refused_as_a_deadlock_with_itself() {
         w.release(held);
         w.finish();
     }
+}
+
+#[test]
+fn who_waits_without_a_session_keeps_its_place_until_its_deadline() {
+    let mut w = World::with(rules(), 0, 1);
+    let held = w.ask(0, &ask("h").lock("l/1", X).ttl(ms(60_000))).granted();
+    let first = w.ask(0, &ask("a").lock("l/1", X)).waits();
+    w.advance(ms(1000));
+    w.ask(0, &ask("b").lock("l/1", X)).waits();
+    for _ in 0..10 {
+        w.advance(DEAD_AFTER / 3);
+        assert_eq!(w.queue("l/1"), ["h!", "a?", "b?"]);
+    }
+    w.release(held);
+    assert_eq!(w.woken, [first]);
+    w.finish();
 }
 
 // Permits.

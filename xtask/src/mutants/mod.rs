@@ -21,6 +21,9 @@ pub struct MutantsArgs {
     /// Only say what the seeded bugs do
     #[arg(long)]
     list: bool,
+    /// Run only this round of tests, to see what it alone notices; may be given several times
+    #[arg(long, value_name = "ROUND")]
+    round: Vec<String>,
     /// Have cargo-mutants change the core line by line instead, which takes hours
     #[arg(long)]
     cargo_mutants: bool,
@@ -38,7 +41,7 @@ pub fn run(args: &MutantsArgs) -> Result<()> {
         bugs.iter().for_each(|bug| println!("{:<24}{}", format!("{bug:?}"), bug.about().trim()));
         return Ok(());
     }
-    seeded::run(&bugs)
+    seeded::run(&bugs, &program::rounds(&args.round)?)
 }
 
 /// The bugs of these names; all where none is named.
@@ -63,5 +66,15 @@ mod tests {
         assert_eq!(chosen(&["Lifo".into()]).unwrap(), [Bug::Lifo]);
         assert!(chosen(&["Lilo".into()]).is_err());
         assert!(Bug::ALL.iter().all(|bug| bug.about().trim().ends_with('.')));
+    }
+
+    #[test]
+    fn every_bug_is_in_the_documentation() {
+        let page = std::fs::read_to_string(interlock_testkit::tools::root().join("docs/testing-mutants.md")).unwrap();
+        for bug in Bug::ALL {
+            let row = format!("| `{bug:?}` | {} | ", bug.about().trim());
+            assert!(page.contains(&row), "{row}");
+        }
+        assert_eq!(page.lines().filter(|line| line.starts_with("| `")).count(), Bug::ALL.len(), "a bug that is gone");
     }
 }

@@ -24,30 +24,47 @@ const PROPTEST_CASES: &str = "500";
 pub struct Round {
     /// What it is called in the table.
     pub name: &'static str,
-    package: &'static str,
+    package: Package,
     /// None: the unit tests of the package's library.
     target: Option<&'static str>,
     args: &'static [&'static str],
 }
 
+/// A package of the workspace: its name and its folder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Package {
+    name: &'static str,
+    folder: &'static str,
+}
+
+const CORE: Package = Package { name: "interlock-core", folder: "core" };
+const PLUGIN: Package = Package { name: "interlock", folder: "" };
+
 /// The unit tests of the plugin that take seconds, because they go through hundreds of schedules.
 const LONG: [&str; 2] = ["filter::tests::storm::", "nothing_is_lost_whichever_shared_data_calls_fail"];
 
-const CORE: &str = "interlock-core";
-const PLUGIN: &str = "interlock";
-
 /// All rounds, by what they cost. The last ones are for what nothing else finds.
-pub const ROUNDS: [Round; 8] = [
+const ROUNDS: [Round; 8] = [
     Round { name: "scenarios", package: CORE, target: Some("scenarios"), args: &[] },
     Round { name: "lease", package: CORE, target: Some("lease"), args: &[] },
-    Round { name: "core units", package: CORE, target: None, args: &[] },
+    Round { name: "core-units", package: CORE, target: None, args: &[] },
     Round { name: "conformance", package: CORE, target: Some("conformance"), args: &[] },
-    Round { name: "plugin units", package: PLUGIN, target: None, args: &["--skip", LONG[0], "--skip", LONG[1]] },
+    Round { name: "plugin-units", package: PLUGIN, target: None, args: &["--skip", LONG[0], "--skip", LONG[1]] },
     Round { name: "properties", package: CORE, target: Some("properties"), args: &[] },
-    Round { name: "plugin storms", package: PLUGIN, target: None, args: &LONG },
+    Round { name: "plugin-storms", package: PLUGIN, target: None, args: &LONG },
     // The smallest search, with leases and waits that end.
     Round { name: "model", package: CORE, target: Some("model"), args: &["all_states_with_time_and_all_places"] },
 ];
+
+/// The rounds of these names; all where none is named.
+pub fn rounds(names: &[String]) -> Result<Vec<Round>> {
+    let is_round = |name: &&String| ROUNDS.iter().any(|round| round.name == **name);
+    if let Some(name) = names.iter().find(|name| !is_round(name)) {
+        bail!("there is no round {name}; there are {}", ROUNDS.map(|round| round.name).join(", "));
+    }
+    let wanted = |round: &&Round| names.is_empty() || names.iter().any(|name| name == round.name);
+    Ok(ROUNDS.iter().filter(wanted).copied().collect())
+}
 
 /// What came of a round.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,17 +79,18 @@ pub enum Verdict {
     Broke(String),
 }
 
-/// The test programs of all rounds.
-pub struct Programs(BTreeMap<(String, Option<String>), PathBuf>);
+/// The test programs of rounds: by the manifest of their package and, of an integration test, by its name.
+pub struct Programs(BTreeMap<(PathBuf, Option<String>), PathBuf>);
 
 impl Programs {
     /// Builds them with all bugs in.
-    pub fn build() -> Result<Self> {
+    pub fn build(rounds: &[Round]) -> Result<Self> {
         let flags = std::env::var("RUSTFLAGS").unwrap_or_default();
         let mut cargo = tools::cargo();
         cargo.args(["test", "--no-run", "--message-format", "json-render-diagnostics"]);
-        cargo.args(["--package", CORE, "--package", PLUGIN, "--lib"]);
-        cargo.args(ROUNDS.iter().filter_map(|round| round.target).flat_map(|target| ["--test", target]));
+        cargo.args(rounds.iter().flat_map(|round| ["--package", round.package.name]));
+        cargo.args(rounds.iter().filter_map(|round| round.target).flat_map(|target| ["--test", target]));
+        cargo.args(rounds.iter().any(|round| round.target.is_none()).then_some("--lib"));
         cargo.env("RUSTFLAGS", format!("{flags} --cfg interlock_bugs")).env_remove("CARGO_ENCODED_RUSTFLAGS");
         let out = cargo.stdin(Stdio::null()).stderr(Stdio::inherit()).output().context("cannot run cargo test")?;
         if !out.status.success() {
@@ -81,13 +99,14 @@ impl Programs {
         let lines = String::from_utf8_lossy(&out.stdout);
         let built = lines.lines().filter_map(|line| artifact(&serde_json::from_str(line).ok()?));
         let programs = Programs(built.collect());
-        ROUNDS.iter().try_for_each(|round| programs.path(round).map(drop))?;
+        rounds.iter().try_for_each(|round| programs.path(round).map(drop))?;
         Ok(programs)
     }
 
     fn path(&self, round: &Round) -> Result<&PathBuf> {
-        let key = (round.package.to_owned(), round.target.map(str::to_owned));
-        self.0.get(&key).with_context(|| format!("cargo built no program for {}", round.name))
+        let manifest = tools::root().join(round.package.folder).join("Cargo.toml");
+        let program = self.0.get(&(manifest, round.target.map(str::to_owned)));
+        program.with_context(|| format!("cargo built no program for {}", round.name))
     }
 
     /// Runs a round with that bug switched on, or with none.
@@ -103,16 +122,14 @@ impl Programs {
     }
 }
 
-/// The test program that a message of Cargo's is about: its package and, of an integration test, its name.
-fn artifact(message: &Value) -> Option<((String, Option<String>), PathBuf)> {
+/// The test program that a message of Cargo's is about, and what it is found by.
+fn artifact(message: &Value) -> Option<((PathBuf, Option<String>), PathBuf)> {
     let path = message["executable"].as_str().filter(|_| message["profile"]["test"] == true)?;
+    let manifest = PathBuf::from(message["manifest_path"].as_str()?);
     let target = &message["target"];
-    let name = target["name"].as_str()?.to_owned();
     let is_test = target["kind"].as_array()?.iter().any(|kind| kind == "test");
-    // A library is named as its package is, but for the dashes.
-    let library = name.replace('_', "-");
-    let package = if is_test { CORE.to_owned() } else { library };
-    Some(((package, is_test.then_some(name)), PathBuf::from(path)))
+    let name = target["name"].as_str().filter(|_| is_test).map(str::to_owned);
+    Some(((manifest, name), PathBuf::from(path)))
 }
 
 /// Runs a program, and ends it when its time is up. How it ended, if it did, and what it wrote.
@@ -156,6 +173,8 @@ fn verdict(status: ExitStatus, out: &str) -> Verdict {
 mod tests {
     use std::os::unix::process::ExitStatusExt;
 
+    use serde_json::json;
+
     use super::*;
 
     #[test]
@@ -179,12 +198,25 @@ mod tests {
 
     #[test]
     fn programs_are_found_among_cargos_messages() {
-        let message =
-            |target: Value| serde_json::json!({ "executable": "/p", "profile": { "test": true }, "target": target });
-        let key = |target| artifact(&message(target)).map(|(key, _)| key);
-        let test = serde_json::json!({ "name": "scenarios", "kind": ["test"] });
-        assert_eq!(key(test), Some((CORE.into(), Some("scenarios".into()))));
-        let library = serde_json::json!({ "name": "interlock_core", "kind": ["lib"] });
-        assert_eq!(key(library), Some((CORE.into(), None)));
+        let key = |kind: &str| {
+            let target = json!({ "name": "scenarios", "kind": [kind] });
+            let profile = json!({ "test": true });
+            artifact(
+                &json!({ "executable": "/p", "profile": profile, "target": target, "manifest_path": "/w/Cargo.toml" }),
+            )
+        };
+        let manifest = PathBuf::from("/w/Cargo.toml");
+        assert_eq!(key("test"), Some(((manifest.clone(), Some("scenarios".into())), "/p".into())));
+        assert_eq!(key("lib"), Some(((manifest, None), "/p".into())));
+        assert_eq!(artifact(&json!({ "reason": "build-finished" })), None);
+    }
+
+    #[test]
+    fn rounds_are_chosen_by_name() {
+        assert_eq!(rounds(&[]).unwrap().len(), ROUNDS.len());
+        assert_eq!(rounds(&["model".into()]).unwrap().iter().map(|round| round.name).collect::<Vec<_>>(), ["model"]);
+        assert!(rounds(&["modal".into()]).is_err());
+        let there = |round: &Round| tools::root().join(round.package.folder).join("Cargo.toml").is_file();
+        assert!(ROUNDS.iter().all(there));
     }
 }

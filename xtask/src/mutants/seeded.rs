@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 
 use super::bugs::Bug;
-use super::program::{Programs, ROUNDS, Round, Verdict};
+use super::program::{Programs, Round, Verdict};
 
 /// What became of a bug.
 struct Fate {
@@ -41,11 +41,11 @@ impl fmt::Display for End {
 }
 
 /// Builds the tests, makes sure that they pass, and tries the bugs.
-pub fn run(bugs: &[Bug]) -> Result<()> {
+pub fn run(bugs: &[Bug], rounds: &[Round]) -> Result<()> {
     let start = Instant::now();
-    let programs = Programs::build()?;
+    let programs = Programs::build(rounds)?;
     println!("built in {:.0} s; all must pass without a bug", start.elapsed().as_secs_f64());
-    let sound = side_by_side(&ROUNDS, |round| (round.name, programs.run(round, None)));
+    let sound = side_by_side(rounds, |round| (round.name, programs.run(round, None)));
     for (round, verdict) in sound {
         match verdict? {
             Verdict::Passed => {}
@@ -54,7 +54,7 @@ pub fn run(bugs: &[Bug]) -> Result<()> {
     }
     println!("{:<24} {:>7}  caught by", "bug", "seconds");
     let fates = side_by_side(bugs, |bug| {
-        let fate = fate(&programs, *bug);
+        let fate = fate(&programs, rounds, *bug);
         if let Ok(Fate { bug, end, took }) = &fate {
             println!("{:<24} {:>7.1}  {end}", format!("{bug:?}"), took.as_secs_f64());
         }
@@ -62,8 +62,8 @@ pub fn run(bugs: &[Bug]) -> Result<()> {
     });
     let fates = fates.into_iter().collect::<Result<Vec<Fate>>>()?;
     println!("\n{} bugs in {:.0} s; caught by", fates.len(), start.elapsed().as_secs_f64());
-    for Round { name, .. } in ROUNDS {
-        let caught = fates.iter().filter(|fate| matches!(&fate.end, End::Caught(round, _) if *round == name)).count();
+    for Round { name, .. } in rounds {
+        let caught = fates.iter().filter(|fate| matches!(&fate.end, End::Caught(round, _) if round == name)).count();
         println!("{name:<16} {caught:>4}");
     }
     let free: Vec<&Fate> = fates.iter().filter(|fate| !matches!(fate.end, End::Caught(..))).collect();
@@ -74,10 +74,10 @@ pub fn run(bugs: &[Bug]) -> Result<()> {
 }
 
 /// Runs round after round until one notices the bug.
-fn fate(programs: &Programs, bug: Bug) -> Result<Fate> {
+fn fate(programs: &Programs, rounds: &[Round], bug: Bug) -> Result<Fate> {
     let start = Instant::now();
     let mut end = End::Survived;
-    for round in &ROUNDS {
+    for round in rounds {
         end = match programs.run(round, Some(bug))? {
             Verdict::Passed => continue,
             Verdict::Failed(tests) => End::Caught(round.name, tests),
