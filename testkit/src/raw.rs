@@ -79,6 +79,11 @@ impl RawClient {
         tokio::time::timeout(deadline, self.read_response()).await.context("no whole response in time")?
     }
 
+    /// Reads the response to a HEAD, which has no body whatever its length says, for at most [`DEADLINE`].
+    pub async fn response_to_head(&mut self) -> Result<RawResponse> {
+        tokio::time::timeout(DEADLINE, self.read_head()).await.context("no whole response in time")?
+    }
+
     /// Reads until the other side closes, for at most [`DEADLINE`], and returns every byte.
     pub async fn read_to_end(&mut self) -> Result<Vec<u8>> {
         let mut all = std::mem::take(&mut self.unread);

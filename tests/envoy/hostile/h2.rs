@@ -60,6 +60,11 @@ impl RawH2 {
         self.socket.send(&frame(RESET, 0, 1, &8_u32.to_be_bytes())).await
     }
 
+    /// Any bytes.
+    pub async fn send(&mut self, bytes: &[u8]) -> anyhow::Result<()> {
+        self.socket.send(bytes).await
+    }
+
     /// Any frame.
     pub async fn frame(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8]) -> anyhow::Result<()> {
         self.socket.send(&frame(kind, flags, stream, payload)).await
@@ -154,14 +159,20 @@ pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// A block of headers as frames of stream 1.
-fn header_frames(fields: &Fields, end: bool) -> Vec<u8> {
+/// A block of headers, each spelled out.
+pub fn block(fields: &Fields) -> Vec<u8> {
     let mut block = Vec::new();
     for (name, value) in fields {
         block.push(0);
         string(&mut block, name);
         string(&mut block, value);
     }
+    block
+}
+
+/// A block of headers as frames of stream 1.
+fn header_frames(fields: &Fields, end: bool) -> Vec<u8> {
+    let block = block(fields);
     let pieces: Vec<&[u8]> = block.chunks(FRAME).collect();
     let mut bytes = Vec::new();
     for (at, piece) in pieces.iter().enumerate() {

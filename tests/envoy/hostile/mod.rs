@@ -4,6 +4,7 @@
 //! * [`annotations`]: bad `lock` headers, one by one, and what exactly is said of them.
 //! * [`storm`]: thousands of generated requests. How they are bad is in [`classes`] ([`values`], [`forged`], [`framing`]), how
 //!   they are put on the wire in [`shot`] and [`h2`], what must hold of each in [`judge`].
+//! * [`handmade`]: what no generator hits upon.
 //! * [`leavers`]: clients that break off, stall, or send a byte at a time.
 //! * [`policies`]: hundreds of policies that are none.
 //!
@@ -16,6 +17,7 @@ mod dice;
 mod forged;
 mod framing;
 mod h2;
+mod handmade;
 mod judge;
 mod leavers;
 mod policies;
@@ -46,6 +48,7 @@ fn policy(header: &str, enforcement: &str) -> Value {
             { "name": "account", "rank": 10 },
             { "name": "order", "within": "unordered" },
             { "name": "pool", "permits": 2 },
+            { "name": "rapid" },
             { "name": "stock", "hierarchy": true },
         ],
         "rules": [
@@ -70,9 +73,19 @@ static STAGE: Stage = Stage::new(|| {
         ("strip", Plan::new(policy("strip", "enforce")).patch(trailers)),
         ("audit", Plan::new(policy("accept", "audit")).patch(trailers)),
         ("off", Plan::new(policy("accept", "off")).patch(trailers).bare()),
+        ("parked", Plan::new(patient(policy("accept", "enforce"))).patch(trailers)),
+        ("rapid", Plan::new(patient(policy("accept", "enforce"))).patch(trailers)),
+        ("pipeline", Plan::new(patient(policy("accept", "enforce"))).patch(trailers)),
         ("leavers", Plan::new(policy("accept", "enforce")).patch(trailers)),
     ]
 });
+
+/// The same, for requests that are known to wait.
+fn patient(mut policy: Value) -> Value {
+    policy["limits"]["max_wait"] = json!("30s");
+    policy["defaults"]["hold"] = json!("60s");
+    policy
+}
 
 /// Envoy passes trailers over HTTP/1.1 only if it is told to, on both sides.
 fn trailers(config: EnvoyConfig) -> EnvoyConfig {
