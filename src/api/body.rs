@@ -211,9 +211,19 @@ impl Graph {
     }
 }
 
-/// A string of the DOT language: in it only the quote has to be escaped, and the backslash means something to labels.
+/// A string of the DOT language, on one line: owners are free text. Every text has a spelling of its own.
 fn quoted(text: &str) -> String {
-    format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""))
+    let mut quoted = String::from("\"");
+    for c in text.chars() {
+        match c {
+            '"' | '\\' => quoted.extend(['\\', c]),
+            '\n' => quoted.push_str("\\n"),
+            c if c.is_control() => quoted.extend(c.escape_unicode()),
+            c => quoted.push(c),
+        }
+    }
+    quoted.push('"');
+    quoted
 }
 
 /// One refusal for a deadlock or for the order, as it is remembered.
@@ -299,8 +309,8 @@ mod tests {
     fn a_graph_in_dot_quotes_what_owners_write() {
         let owner = |text: &str| OwnerId::new(text).unwrap();
         let lock = LockName::parse("a").unwrap();
-        let edge = Edge { owner: owner("x\"\\"), waits_for: lock, held_by: owner("y\n") };
+        let edge = Edge { owner: owner("x\"\\"), waits_for: lock, held_by: owner("y\n\r") };
         let dot = Graph { edges: vec![edge], truncated: false }.dot();
-        assert_eq!(dot, "digraph waits_for {\n  \"x\\\"\\\\\" -> \"y\n\" [label=\"a\"];\n}\n");
+        assert_eq!(dot, "digraph waits_for {\n  \"x\\\"\\\\\" -> \"y\\n\\u{d}\" [label=\"a\"];\n}\n");
     }
 }

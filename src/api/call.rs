@@ -14,6 +14,9 @@ const PAGE: usize = 100;
 /// The most locks on one page.
 const LONGEST_PAGE: usize = 1000;
 
+/// The longest complaint about JSON, in characters.
+const MOST_COMPLAINT: usize = 200;
+
 /// A request that is wrong before anybody looks at the table.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ApiError {
@@ -304,9 +307,10 @@ fn json<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, ApiError> {
     if body.len() > MAX_BODY {
         return Err(ApiError::TooLarge);
     }
-    // The parser quotes fields that it does not know, whatever is in them.
+    // The parser quotes fields that it does not know, whatever is in them and however long they are.
     serde_json::from_slice(body).map_err(|error| {
-        ApiError::Malformed(format!("body: {}", error.to_string().chars().take(200).collect::<String>().escape_debug()))
+        let line: String = error.to_string().escape_debug().take(MOST_COMPLAINT).collect();
+        ApiError::Malformed(format!("body: {line}"))
     })
 }
 
@@ -414,6 +418,8 @@ mod tests {
         ] {
             assert_eq!(Put::read(body.as_bytes()).unwrap_err().to_string(), line);
         }
+        let strange = format!("{{\"{}\":1}}", "\u{10ffff}".repeat(300));
+        assert!(Put::read(strange.as_bytes()).unwrap_err().to_string().chars().count() <= 206);
         assert_eq!(Put::read(&[b' '; MAX_BODY + 1]).unwrap_err().status(), 413);
         let deep = "[".repeat(10_000);
         assert_eq!(Put::read(deep.as_bytes()).unwrap_err().status(), 400);
