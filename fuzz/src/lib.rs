@@ -7,6 +7,7 @@
 pub mod check;
 pub mod fields;
 pub mod host;
+pub mod lease_api;
 pub mod leases;
 pub mod lock_fence;
 pub mod lock_header;
@@ -19,7 +20,8 @@ pub mod table;
 pub type Target = fn(&[u8]);
 
 /// Every target under its name, which is also that of its file in `libfuzzer/fuzz_targets` and of its folder in `corpus`.
-pub const TARGETS: [(&str, Target); 6] = [
+pub const TARGETS: [(&str, Target); 7] = [
+    ("lease_api", lease_api::run),
     ("lock_fence", lock_fence::run),
     ("lock_header", lock_header::run),
     ("lock_name", lock_name::run),

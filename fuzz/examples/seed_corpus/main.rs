@@ -8,6 +8,7 @@ mod names;
 mod pages;
 mod policies;
 mod records;
+mod requests;
 mod schedules;
 
 use std::collections::BTreeMap;
@@ -42,6 +43,7 @@ fn cases() -> Vec<Value> {
 fn main() {
     let cases = cases();
     let all = [
+        ("lease_api", requests::seeds(&cases)),
         ("lock_fence", fences::seeds()),
         ("lock_header", headers::seeds(&cases)),
         ("lock_name", names::seeds(&cases)),

@@ -49,6 +49,12 @@ fn structs(value: &Value, found: &mut Vec<(String, Value)>) {
     }
 }
 
+/// The bodies of the calls on the page of the lease API.
+pub fn bodies() -> Vec<String> {
+    let page = read("docs/api.md");
+    page.split("-d '").skip(1).filter_map(|rest| Some(rest.split_once('\'')?.0.to_owned())).collect()
+}
+
 /// The first cells of the table of `docs/policy.md` with this header line.
 pub fn cells(header: &str) -> Vec<String> {
     let page = read("docs/policy.md");
