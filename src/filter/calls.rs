@@ -17,7 +17,7 @@ use crate::api::call::{LeaseName, Put, Renew};
 use crate::api::{ApiError, MAX_BODY, Target, receipt};
 use crate::backend::local::Purpose;
 use crate::host::{ContextId, Headers, Host};
-use crate::policy::{Api, MIN_TTL};
+use crate::policy::{Api, MIN_TTL, Reentrancy};
 
 /// How long the body of a request may take to come.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -229,8 +229,9 @@ impl Runtime {
                 }
             },
         };
-        let request =
-            Request::new(name.id(), owner, host.now(), wants, &active.rules.classes).asked_by(asked_by.clone());
+        let request = Request::new(name.id(), owner, host.now(), wants, &active.rules.classes)
+            .reentrant(active.policy.reentrancy != Reentrancy::None)
+            .asked_by(asked_by.clone());
         let given = self.tables.enforce.put(host, &active.rules, request, opened.as_ref());
         self.deliver(host, Purpose::Enforce);
         self.given(host, id, active, name, asked_by, given)
