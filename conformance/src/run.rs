@@ -7,7 +7,7 @@ use std::pin::pin;
 use std::task::{Context, Poll, Waker};
 
 use crate::case::{Case, Expect, Feature, Mode, Op, Reentrant, Step};
-use crate::need::{Aspect, Profile};
+use crate::need::{Aspect, Need, Profile};
 
 /// The number of an ask in its case, from 0.
 pub type AskId = usize;
@@ -29,6 +29,8 @@ pub struct Ask<'a> {
     pub ttl_ms: Option<u64>,
     /// Whether a second lock of its owner is one more.
     pub reentrant: bool,
+    /// The ask whose lease this one asks for again, where that is not one more and the target knows the difference.
+    pub again: Option<AskId>,
     /// What is right, that of strict FIFO first. A target that cannot look into the table waits for one of these.
     pub allowed: &'a [Expect],
     /// Whether a later step says that its wait runs out: for a target whose clock cannot jump.
@@ -278,6 +280,8 @@ impl<'a, T: Target> Run<'a, T> {
 
     async fn acquire(&mut self, at: usize, step: &'a Step, allowed: &[Expect]) -> Result<Outcome, Wrong> {
         let later = &self.case.steps[at + 1..];
+        let idempotent = self.case.options.reentrant == Reentrant::Idempotent
+            && (self.profile.lacks)(Need::IdempotentReentry).is_none();
         let ask = Ask {
             id: self.asks.len(),
             owner: &step.owner,
@@ -286,12 +290,20 @@ impl<'a, T: Target> Run<'a, T> {
             wait_ms: step.wait_ms,
             ttl_ms: step.ttl_ms,
             reentrant: self.case.options.reentrant != Reentrant::Reject,
+            again: if idempotent { self.latest(step, State::Holds) } else { None },
             allowed,
             times_out: allowed.first() == Some(&Expect::Waits)
                 && later.iter().any(|later| later.timed_out.contains(&step.owner)),
-            lapses: later.iter().any(|it| it.expired.contains(&(step.owner.clone(), step.lock.clone()))),
+            lapses: later.iter().any(|it| {
+                let expires = it.op == Op::Expire && it.owner == step.owner && it.lock == step.lock;
+                it.expired.contains(&(step.owner.clone(), step.lock.clone())) || (expires && !self.profile.crash_frees)
+            }),
         };
         let outcome = self.target.acquire(&ask).await?;
+        if let (Some(same), Outcome::Granted) = (ask.again, &outcome) {
+            // It is the same lease, which one release gives back.
+            self.asks[same].state = State::Over;
+        }
         let state = match &outcome {
             Outcome::Granted => State::Holds,
             Outcome::Waits => State::Waits,
@@ -435,7 +447,7 @@ impl<'a, T: Target> Run<'a, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Need, cases, need};
+    use crate::{cases, need};
 
     /// Gives everything to everyone at once, and takes everything back.
     struct Generous;

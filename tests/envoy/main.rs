@@ -16,6 +16,7 @@ mod ends;
 mod faults;
 mod grants;
 mod hostile;
+mod leased;
 mod leases;
 mod matching;
 mod reentry;

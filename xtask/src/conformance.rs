@@ -24,10 +24,10 @@ pub struct ConformanceArgs {
 
 /// The test that runs the cases against the core.
 const CORE: [&str; 5] = ["test", "--package", "interlock-core", "--test", "conformance"];
-/// The test that runs them as requests.
-const WIRE: [&str; 6] = ["test", "--package", "interlock", "--test", "envoy", "wire::"];
-/// How many targets leave a report: the core on two layouts, and the wire.
-const TARGETS: usize = 3;
+/// The tests that run them as requests, and through the lease API.
+const WIRE: [&str; 8] = ["test", "--package", "interlock", "--test", "envoy", "--", "wire::", "leased::"];
+/// How many targets leave a report: the core on two layouts, the wire, the lease API.
+const TARGETS: usize = 4;
 
 pub fn run(args: &ConformanceArgs) -> Result<()> {
     let reports = Reports::new()?;

@@ -4,7 +4,7 @@
 //! `interlock-conformance`; how requests do it is in [`target`], and what its locks are called in [`names`].
 
 mod caller;
-mod names;
+pub mod names;
 mod target;
 
 use std::collections::BTreeMap;
@@ -26,7 +26,7 @@ const AT_ONCE: usize = 12;
 const COUNTED: &str = "re-entry is counted: one release does not undo two grants";
 const RENEWS: &str = "the proxy renews the lease of a request, its client cannot";
 const NO_API: &str = "a lock is broken by a call of the lease API, not by a request";
-const NO_GUARD: &str = "asking who holds a lock is for the guard, which this build has not";
+pub const NO_GUARD: &str = "asking who holds a lock is for the guard, which this build has not";
 
 /// The cases that are skipped here and not everywhere.
 const SKIPPED: [(&str, &[&str]); 4] = [
@@ -80,7 +80,7 @@ static STAGE: Stage = Stage::new(|| {
         // No wait ends by itself but where a case says so.
         let policy = json!({
             "reentrancy": reentrancy,
-            "classes": names::classes(),
+            "classes": names::classes(&PROFILE),
             "defaults": { "wait": "50s", "ttl": "30s" },
             "limits": { "max_wait": "50s" },
         });

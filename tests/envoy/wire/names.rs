@@ -3,10 +3,9 @@
 use std::collections::BTreeMap;
 
 use interlock_conformance::case::{Op, Reentrant};
-use interlock_conformance::{Ask, Case, Expect, Mode, cases, need};
+use interlock_conformance::{Ask, Case, Expect, Mode, Profile, cases, need};
 use serde_json::{Value, json};
 
-use super::PROFILE;
 use super::target::{LAPSE, SHORT_WAIT};
 
 /// The listener that the case needs.
@@ -51,16 +50,16 @@ pub fn name(number: usize, case: &Case, lock: &str) -> String {
 }
 
 /// The classes of all cases that are run.
-pub fn classes() -> Value {
+pub fn classes(profile: &Profile) -> Value {
     let mut all = BTreeMap::new();
-    for (number, case) in cases().iter().enumerate().filter(|(_, case)| need::skip(case, &PROFILE).is_none()) {
+    for (number, case) in cases().iter().enumerate().filter(|(_, case)| need::skip(case, profile).is_none()) {
         all.extend(case.locks.keys().map(|lock| class(number, case, lock)));
     }
     all.into_values().collect()
 }
 
-/// The name of a mode on the wire. A permit is what a lease in a class with permits takes, whatever its mode.
-fn mode(mode: Mode) -> &'static str {
+/// The name of a mode in Interlock's words. A permit is what a lease in a class with permits takes, whatever its mode.
+pub fn mode(mode: Mode) -> &'static str {
     match mode {
         Mode::X | Mode::P => "exclusive",
         Mode::S => "shared",

@@ -1,0 +1,122 @@
+//! The conformance cases (tests/conformance/README.md) through the lease API of a real Envoy.
+//!
+//! What a case is and when it has passed is in the crate `interlock-conformance`; how calls of the API do it is in
+//! [`target`]. Many cases run at once, each with locks, owners and leases of its own.
+
+mod target;
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use interlock_conformance::need::{self, Aspect};
+use interlock_conformance::{Need, Profile, Report, Verdict, cases};
+use interlock_testkit::{Client, EnvoyConfig, wait_for_async};
+use serde_json::json;
+use tokio::sync::Semaphore;
+use tokio::task::{JoinSet, LocalSet, spawn_local};
+
+use crate::common::{DEADLINE, Plan, Stage, run};
+use crate::wire::{NO_GUARD, names};
+use target::Leased;
+
+/// So many cases run at once.
+const AT_ONCE: usize = 12;
+
+/// What the lease API cannot tell.
+const PROFILE: Profile = Profile {
+    name: "lease API",
+    lacks: |need| match need {
+        Need::Access => Some(NO_GUARD),
+        Need::Renew | Need::Lapse | Need::BreakGlass | Need::IdempotentReentry => None,
+        Need::LearnedOrder | Need::LockDelay | Need::NoUpgrade => need::beyond_the_contract(need),
+    },
+    // api.rs has the restart, and a clock that cannot jump does not let time pass for nothing.
+    shows: |aspect| match aspect {
+        Aspect::Status => true,
+        Aspect::Revoke | Aspect::AuthorityRestart | Aspect::Reload | Aspect::IdleTime => false,
+    },
+    crash_frees: false,
+    virtual_clock: false,
+};
+
+/// The cases that are skipped here and not everywhere.
+const SKIPPED: [(&str, &[&str]); 1] = [(
+    NO_GUARD,
+    &[
+        "consul/DeleteKey",
+        "litmus/lock_excl-notowner",
+        "litmus/cond_put_corrupt_token",
+        "litmus/fail_cond_put_unlocked",
+        "litmus/lock_shared-double",
+        "jepsen/paused-holder-fenced",
+        "jepsen/etcd-set-txn-guard",
+    ],
+)];
+
+static STAGE: Stage = Stage::new(|| {
+    let plan = |reentrancy| {
+        // No wait ends by itself but where a case says so, and no lease but one that is to lapse.
+        let policy = json!({
+            "reentrancy": reentrancy,
+            "classes": names::classes(&PROFILE),
+            "defaults": { "wait": "50s", "ttl": "20s", "hold": "300s" },
+            "limits": { "max_wait": "50s", "max_ttl": "20s" },
+            "keys": [{ "id": "k", "secret": { "base64": "MDEyMzQ1Njc4OWFiY2RlZg==" } }],
+            "api": {},
+        });
+        Plan::new(policy).patch(bodies_first)
+    };
+    vec![("counting", plan("owner")), ("rejecting", plan("none")), ("permits", plan("owner"))]
+});
+
+/// The API reads bodies before it decides.
+fn bodies_first(config: EnvoyConfig) -> EnvoyConfig {
+    config.patch_plugin(|plugin| plugin["allow_on_headers_stop_iteration"] = json!(true))
+}
+
+#[test]
+fn every_case_that_the_lease_api_can_tell_passes() {
+    run(LocalSet::new().run_until(async {
+        let mut lanes = BTreeMap::new();
+        for name in ["counting", "rejecting", "permits"] {
+            let lane = STAGE.lane(name).await;
+            // A table that is new grants nothing for the longest TTL: leases of one before it may be out there.
+            wait_for_async("the end of the grace", DEADLINE * 2, async || {
+                let health = Client::http1_fresh().get(lane.url("/interlock/v1/health")).send().await;
+                health.expect("an answer").status == 200
+            })
+            .await;
+            lanes.insert(name, Rc::new(lane));
+        }
+        let room = Rc::new(Semaphore::new(AT_ONCE));
+        let mut verdicts = BTreeMap::new();
+        let mut running = JoinSet::new();
+        for (number, case) in cases().iter().enumerate() {
+            if let Some(why) = need::skip(case, &PROFILE) {
+                verdicts.insert(number, Verdict::Skipped(why.to_owned()));
+                continue;
+            }
+            let (lane, room) = (Rc::clone(&lanes[names::lane(case)]), Rc::clone(&room));
+            running.spawn_local(async move {
+                let _place = room.acquire().await.expect("a place");
+                // A task of its own, so that a panic is known by its case.
+                let done = spawn_local(async move {
+                    interlock_conformance::run(case, &PROFILE, &mut Leased::new(number, case, lane)).await
+                });
+                (number, done.await.unwrap_or_else(|panic| Err(panic.to_string())))
+            });
+        }
+        while let Some(done) = running.join_next().await {
+            let (number, done) = done.expect("a case");
+            verdicts.insert(number, done.map_or_else(Verdict::Failed, |()| Verdict::Passed));
+        }
+        let mut report = Report::new(&PROFILE);
+        for (number, verdict) in verdicts {
+            report.add(&cases()[number], &PROFILE, verdict);
+        }
+        report.settle(&SKIPPED);
+        for lane in lanes.values() {
+            lane.empty().await;
+        }
+    }));
+}
