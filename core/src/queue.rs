@@ -13,7 +13,7 @@ use crate::session::{DEAD_AFTER, Sessions};
 use crate::time::{Duration, Time};
 
 /// One lease's place at one lock.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Entry {
     /// The lease that it belongs to; at most one entry a lease and lock.
     pub lease: LeaseId,
@@ -36,7 +36,7 @@ pub struct Entry {
 }
 
 /// What an entry is doing.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum State {
     /// It stands in the queue.
     Waiting {
@@ -121,7 +121,7 @@ impl Entry {
 }
 
 /// A lock: its holders and those who wait for it, in the order in which they stand.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Queue {
     /// The lock.
     pub name: LockName,

@@ -13,7 +13,7 @@ use crate::name::LockName;
 use crate::time::{Duration, Time};
 
 /// One lock that a request asks for.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Want {
     /// Which lock.
     pub name: LockName,
@@ -28,7 +28,7 @@ pub struct Want {
 }
 
 /// A request as it comes in.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Request {
     pub(crate) lease: LeaseId,
     pub(crate) owner: OwnerId,
@@ -114,7 +114,7 @@ impl Request {
 }
 
 /// One lock that a lease holds.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Grant {
     /// The lock.
     pub name: LockName,
@@ -131,7 +131,7 @@ pub struct Grant {
 }
 
 /// A request under way: what it wants and what it has.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(crate) struct Claim {
     pub(crate) request: Request,
     pub(crate) grants: Vec<Grant>,

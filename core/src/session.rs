@@ -17,7 +17,7 @@ pub const BEAT: Duration = Duration::from_millis(250);
 pub const DEAD_AFTER: Duration = Duration::from_millis(1500);
 
 /// What a member holds and waits for, as of its last beat.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Hash, Serialize, Deserialize)]
 pub struct Load {
     /// Locks held, those implied by a hierarchy included.
     pub locks: u32,
@@ -26,7 +26,7 @@ pub struct Load {
 }
 
 /// One member.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Member {
     /// Who it is.
     pub id: SessionId,
@@ -46,7 +46,7 @@ impl Member {
 }
 
 /// The record that all members share.
-#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Default, Hash, Serialize, Deserialize)]
 pub struct Sessions {
     last: u32,
     members: Vec<Member>,
@@ -58,7 +58,7 @@ pub struct Sessions {
 }
 
 /// Who keeps house, and whether it serves no requests.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 struct House {
     keeper: SessionId,
     idle: bool,

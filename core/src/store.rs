@@ -116,7 +116,7 @@ pub fn update<R: Record, S: Store, T>(
 }
 
 /// Some of the locks: those of one bucket that are held or waited for.
-#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Default, Hash, Serialize, Deserialize)]
 pub struct LockBucket {
     /// The highest fence that was ever given in this bucket. It outlives the queues, so that a lock that was
     /// forgotten comes back with a higher one.
@@ -168,7 +168,7 @@ impl LockBucket {
 /// Some of the owners: what those of one bucket hold and wait for.
 ///
 /// An index, and a hint only: it may name what is gone already, never miss what counts. The locks are the truth.
-#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Default, Hash, Serialize, Deserialize)]
 pub struct OwnerBucket {
     holdings: Vec<Holdings>,
 }
@@ -178,7 +178,7 @@ impl Record for OwnerBucket {
 }
 
 /// What one owner holds and waits for, as far as the index knows.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Holdings {
     /// The owner.
     pub owner: OwnerId,
@@ -187,7 +187,7 @@ pub struct Holdings {
 }
 
 /// One lock of one lease in the index by owner.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Item {
     /// The lock.
     pub lock: LockName,

@@ -36,8 +36,9 @@ pub enum Answer {
     Taken,
 }
 
-/// A request that waits at this worker.
-#[derive(Debug, PartialEq, Eq)]
+/// A request that waits at this worker. A worker polls it or leaves it once; a copy is for a search that goes back and tries
+/// another step.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[must_use = "what is parked must be polled or left"]
 pub struct Parked {
     pub(super) lease: LeaseId,

@@ -32,7 +32,7 @@ use crate::request::{Claim, Grant, Request};
 use crate::time::{Duration, Time};
 
 /// A lease as its holder is told of it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Granted {
     /// Which lease.
     pub lease: LeaseId,
@@ -50,7 +50,7 @@ pub struct Granted {
 
 /// All that an authority needs to know again of a lease. Worth something only in the authority's own hand: whoever takes
 /// one from a message must have proved that this authority wrote it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Receipt {
     request: Request,
     fences: Vec<Fence>,

@@ -30,7 +30,7 @@ pub enum End {
 }
 
 /// How a lease stands.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(crate) enum Standing {
     /// It has been asked for.
     Waiting {
@@ -58,7 +58,7 @@ pub(crate) enum Standing {
 }
 
 /// Some of the leases.
-#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Default, Hash, Serialize, Deserialize)]
 pub struct LeaseBucket {
     leases: Vec<(LeaseId, Standing)>,
 }
