@@ -116,7 +116,8 @@ fn bring_tools() -> Result<()> {
 fn native(cases: &Reports) -> Result<()> {
     let plain = test_targets()?.into_iter().filter(|name| !needs_plugin(name));
     let mut cargo = cases.cargo();
-    cargo.args(["test", "--workspace", "--lib", "--bins"]);
+    // The search of the lease protocol goes through all of it here, and through a part where tests are run by hand.
+    cargo.env("INTERLOCK_SEARCH", "whole").args(["test", "--workspace", "--lib", "--bins"]);
     tools::run(cargo.args(plain.flat_map(|name| ["--test".to_owned(), name])))?;
     tools::run(tools::cargo().args(["test", "--workspace", "--doc"]))
 }
