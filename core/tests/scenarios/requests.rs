@@ -55,6 +55,8 @@ fn a_lock_that_was_lost_while_waiting_for_the_next_is_not_handed_out() {
     let second = w.ask(0, &ask("h").lock("l/2", X)).granted();
     let waits = w.ask(1, &ask("o").lock("l/1", X).lock("l/2", X).hold(ms(1000))).waits();
     w.advance(ms(1500));
+    let refusal = &w.refused[0].1;
+    assert_eq!((refusal.lock.as_str(), refusal.cause.slug()), ("l/1", "lease-lost"), "not the lock that it waited for");
     let other = w.ask(0, &ask("other").lock("l/1", X)).granted();
     w.release(second);
     assert!(!w.holds(waits), "its first lock has passed its hold limit and is another's");

@@ -172,3 +172,19 @@ fn a_worker_that_was_silent_for_less_than_its_ttl_keeps_what_it_holds() {
     assert!(w.holds(held));
     w.finish();
 }
+
+#[test]
+fn a_heartbeat_has_to_keep_the_shortest_ttl_that_is_left() {
+    let mut w = World::new(1);
+    let shortest = |w: &World| w.workers[0].table.shortest_ttl();
+    let one = w.ask(0, &ask("a").lock("l/1", X).ttl(ms(900))).granted();
+    let two = w.ask(0, &ask("b").lock("l/2", X).ttl(ms(900))).granted();
+    let long = w.ask(0, &ask("c").lock("l/3", X).ttl(ms(4000))).granted();
+    w.release(one);
+    assert_eq!(shortest(&w), ms(900), "another has the same");
+    w.release(two);
+    assert_eq!(shortest(&w), ms(4000));
+    w.release(long);
+    assert_eq!(shortest(&w), Duration::MAX);
+    w.finish();
+}
