@@ -6,6 +6,7 @@
 //!   they are put on the wire in [`shot`] and [`h2`], what must hold of each in [`judge`].
 //! * [`handmade`]: what no generator hits upon.
 //! * [`leavers`]: clients that break off, stall, or send a byte at a time.
+//! * [`leases`]: hundreds of generated requests to the lease API.
 //! * [`policies`]: hundreds of policies that are none.
 //!
 //! Everything is made from one seed ([`dice`]), which a failure prints: `INTERLOCK_HOSTILE_SEED` sets another,
@@ -19,6 +20,7 @@ mod framing;
 mod h2;
 mod handmade;
 mod judge;
+mod leases;
 mod leavers;
 mod policies;
 mod shot;
@@ -77,8 +79,22 @@ static STAGE: Stage = Stage::new(|| {
         ("rapid", Plan::new(patient(policy("accept", "enforce"))).patch(trailers)),
         ("pipeline", Plan::new(patient(policy("accept", "enforce"))).patch(trailers)),
         ("leavers", Plan::new(policy("accept", "enforce")).patch(trailers)),
+        ("leases", Plan::new(authority()).patch(bodies)),
     ]
 });
+
+/// An authority for leases, which soon grants.
+fn authority() -> Value {
+    let mut policy = policy("accept", "enforce");
+    policy["limits"]["max_ttl"] = json!("2s");
+    policy["defaults"]["ttl"] = json!("2s");
+    policy["api"] = json!({ "admin": { "token": { "base64": "MDEyMzQ1Njc4OWFiY2RlZg==" } } });
+    policy
+}
+
+fn bodies(config: EnvoyConfig) -> EnvoyConfig {
+    trailers(config).patch_plugin(|plugin| plugin["allow_on_headers_stop_iteration"] = json!(true))
+}
 
 /// The same, for requests that are known to wait.
 fn patient(mut policy: Value) -> Value {
