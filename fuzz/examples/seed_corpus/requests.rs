@@ -128,6 +128,7 @@ pub fn seeds(cases: &[Value]) -> Seeds {
     receipts(&mut seeds);
     // Too deep, too many, as long as can be and longer than that would be: the length of a body is tried elsewhere.
     seeds.add("deep", put(&"[".repeat(200)));
+    seeds.add("strange", put(&format!("{{\"{}\":1}}", "\u{10ffff}".repeat(60))));
     seeds.add("deep", put(&format!("{}\"owner\":", "{\"locks\":[".repeat(130))));
     let many: Vec<Value> = (0..17).map(|n| json!({ "name": format!("a/{n}") })).collect();
     seeds.add("many", put(&json!({ "owner": "a", "locks": many[..16] }).to_string()));
