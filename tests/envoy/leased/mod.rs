@@ -16,18 +16,17 @@ use tokio::sync::Semaphore;
 use tokio::task::{JoinSet, LocalSet, spawn_local};
 
 use crate::common::{DEADLINE, Plan, Stage, run};
-use crate::wire::{NO_GUARD, names};
+use crate::wire::names;
 use target::Leased;
 
 /// So many cases run at once.
 const AT_ONCE: usize = 12;
 
-/// What the lease API cannot tell.
+/// All that a lock manager can be asked for can be asked for in calls.
 const PROFILE: Profile = Profile {
     name: "lease API",
     lacks: |need| match need {
-        Need::Access => Some(NO_GUARD),
-        Need::Renew | Need::Lapse | Need::BreakGlass | Need::IdempotentReentry => None,
+        Need::Renew | Need::Lapse | Need::BreakGlass | Need::IdempotentReentry | Need::Access => None,
         Need::LearnedOrder | Need::LockDelay | Need::NoUpgrade => need::beyond_the_contract(need),
     },
     // api.rs has the restart, and a clock that cannot jump does not let time pass for nothing.
@@ -39,20 +38,6 @@ const PROFILE: Profile = Profile {
     virtual_clock: false,
 };
 
-/// The cases that are skipped here and not everywhere.
-const SKIPPED: [(&str, &[&str]); 1] = [(
-    NO_GUARD,
-    &[
-        "consul/DeleteKey",
-        "litmus/lock_excl-notowner",
-        "litmus/cond_put_corrupt_token",
-        "litmus/fail_cond_put_unlocked",
-        "litmus/lock_shared-double",
-        "jepsen/paused-holder-fenced",
-        "jepsen/etcd-set-txn-guard",
-    ],
-)];
-
 static STAGE: Stage = Stage::new(|| {
     let plan = |reentrancy| {
         // No wait ends by itself but where a case says so, and no lease but one that is to lapse.
@@ -62,7 +47,7 @@ static STAGE: Stage = Stage::new(|| {
             "defaults": { "wait": "50s", "ttl": "20s", "hold": "300s" },
             "limits": { "max_wait": "50s", "max_ttl": "20s" },
             "keys": [{ "id": "k", "secret": { "base64": "MDEyMzQ1Njc4OWFiY2RlZg==" } }],
-            "api": {},
+            "api": { "admin": { "token": { "base64": "MDEyMzQ1Njc4OWFiY2RlZg==" } } },
         });
         Plan::new(policy).patch(bodies_first)
     };
@@ -114,7 +99,7 @@ fn every_case_that_the_lease_api_can_tell_passes() {
         for (number, verdict) in verdicts {
             report.add(&cases()[number], &PROFILE, verdict);
         }
-        report.settle(&SKIPPED);
+        report.settle(&[]);
         for lane in lanes.values() {
             lane.empty().await;
         }

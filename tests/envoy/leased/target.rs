@@ -10,7 +10,7 @@ use std::rc::Rc;
 use hyper::Method;
 use interlock_conformance::case::Feature;
 use interlock_conformance::run::Wrong;
-use interlock_conformance::{Ask, AskId, Case, Due, Expect, Outcome, Target};
+use interlock_conformance::{Ask, AskId, Case, Claim, Due, Expect, Mode, Outcome, Target};
 use interlock_testkit::client::Pending;
 use interlock_testkit::{Answer, Client, wait_for_async};
 use serde_json::{Value, json};
@@ -39,6 +39,8 @@ struct Asked {
     lock: String,
     lapses: bool,
     state: State,
+    /// The fence that it was granted under, though it may have ended.
+    fence: Option<u64>,
 }
 
 /// The clients of a case.
@@ -222,7 +224,8 @@ impl Target for Leased {
                 return Err(format!("the status query says {seen}"));
             }
         }
-        self.asked.insert(ask.id, Asked { lease, owner, lock, lapses: ask.lapses, state });
+        let fence = if let State::Holds(fence) = state { Some(fence) } else { None };
+        self.asked.insert(ask.id, Asked { lease, owner, lock, lapses: ask.lapses, state, fence });
         Ok(outcome)
     }
 
@@ -302,6 +305,35 @@ impl Target for Leased {
         }
     }
 
+    /// By the administrator, and by nobody else.
+    async fn break_glass(&mut self, lock: &str) -> Result<(), Wrong> {
+        let path = format!("locks/{}", self.name(lock));
+        let stranger = self.ask("a stranger", Method::DELETE, &path).send().await;
+        let admin = self.ask("admin", Method::DELETE, &path).header("authorization", "Bearer 0123456789abcdef");
+        let (stranger, admin) = (stranger.expect("an answer"), admin.send().await.expect("an answer"));
+        match (stranger.status, admin.status) {
+            (403, 200) => Ok(()),
+            other => Err(format!("{other:?}: {} {}", stranger.text(), admin.text())),
+        }
+    }
+
+    /// What a lock guards asks who holds it, and lets nobody through but its owner, under the fence that it shows.
+    async fn access(&mut self, owner: &str, lock: &str, wanted: Mode, claim: Claim) -> Result<bool, Wrong> {
+        let (id, off) = match claim {
+            // A gate that asks for a fence lets nobody through who has none.
+            Claim::Nothing => return Ok(false),
+            Claim::Lease(id) => (id, 0),
+            Claim::Forged(id) => (id, 1),
+        };
+        let fence = self.asked[&id].fence.ok_or("it was never granted")? + off;
+        let path = format!("locks/{}", self.name(lock));
+        let seen = self.ask("a gate", Method::GET, &path).send().await.expect("an answer").json();
+        let holders = seen["holders"].as_array().ok_or_else(|| format!("no holders: {seen}"))?;
+        let covers = |held: &Value| *held == mode(wanted) || *held == "exclusive";
+        let is_it = |it: &Value| it["owner"] == self.owner(owner) && it["fence"] == fence && covers(&it["mode"]);
+        Ok(holders.iter().any(is_it))
+    }
+
     async fn refuses_no_name(&mut self) -> Result<(), Wrong> {
         for locks in [json!([]), json!([{}]), json!([{ "name": "" }]), json!([{ "name": null }])] {
             let path = format!("leases/lease-{:04}-without-a-name", self.number);
@@ -328,7 +360,8 @@ impl Target for Leased {
                 return Err(format!("ask {id} is answered {}: {}", answer.status, answer.text()));
             }
             let fence = self.fence(&self.asked[&id].lock, &answer.json())?;
-            self.asked.get_mut(&id).expect("it was asked").state = State::Holds(fence);
+            let asked = self.asked.get_mut(&id).expect("it was asked");
+            (asked.state, asked.fence) = (State::Holds(fence), Some(fence));
             granted.push((fence, id));
         }
         granted.sort_unstable();

@@ -26,7 +26,7 @@ const AT_ONCE: usize = 12;
 const COUNTED: &str = "re-entry is counted: one release does not undo two grants";
 const RENEWS: &str = "the proxy renews the lease of a request, its client cannot";
 const NO_API: &str = "a lock is broken by a call of the lease API, not by a request";
-pub const NO_GUARD: &str = "asking who holds a lock is for the guard, which this build has not";
+const NO_GUARD: &str = "who holds a lock is asked over the lease API, not by a request";
 
 /// The cases that are skipped here and not everywhere.
 const SKIPPED: [(&str, &[&str]); 4] = [
