@@ -1,7 +1,7 @@
 //! Asking for a lease: from the message that asks, over the wait, to the grant.
 
 use super::Receipt;
-use super::authority::{Answer, Parked, bring_back, change, end, granted, read};
+use super::authority::{Answer, Parked, abandon, bring_back, change, end, expire, granted, read};
 use super::record::{End, LeaseBucket, Standing};
 use crate::id::LeaseId;
 use crate::mode::Mode;
@@ -93,8 +93,8 @@ pub fn poll<S: Store>(table: &mut Table, scene: &Scene<'_, S>, parked: Parked) -
         }
         Some(Standing::Waiting { driver, deadline, .. }) => {
             // Nobody moves it on: its driver is dead, or has forgotten it.
-            if deadline + BEAT <= scene.now || table.is_dead(scene, driver)? {
-                end(table, scene, lease, End::Cancelled)?;
+            let forgotten = deadline + BEAT <= scene.now || table.is_dead(scene, driver)?;
+            if forgotten && abandon(table, scene, lease, driver)? {
                 return Ok(Answer::Over(End::Cancelled));
             }
             Ok(watch(scene, lease, parked.arrived, deadline))
@@ -194,7 +194,7 @@ fn again<S: Store>(
     arrived: Time,
 ) -> Result<Answer, StoreError> {
     if !bug!(RepeatRenewsNothing) && table.renew_claim(scene, claim, None)?.is_some() {
-        end(table, scene, claim.request.lease, End::Expired)?;
+        expire(table, scene, claim)?;
         return Ok(Answer::Over(End::Expired));
     }
     Ok(Answer::Granted { granted: Box::new(granted(scene, claim, arrived)), new: false })

@@ -9,7 +9,7 @@ pub use super::asking::{leave, poll, put};
 use super::record::{End, LINGER, LeaseBucket, Standing};
 use super::restore::restore;
 use super::{Granted, Receipt};
-use crate::id::LeaseId;
+use crate::id::{LeaseId, SessionId};
 use crate::refusal::Refusal;
 use crate::request::Claim;
 use crate::store::{self, Save, Store, StoreError};
@@ -122,7 +122,7 @@ pub fn renew<S: Store>(
         },
     };
     if table.renew_claim(scene, &claim, ttl)?.is_some() {
-        end(table, scene, lease, End::Expired)?;
+        expire(table, scene, &claim)?;
         return Ok(Renewed::Lost);
     }
     if let Some(ttl) = ttl {
@@ -193,7 +193,7 @@ pub fn sweep<S: Store>(table: &mut Table, scene: &Scene<'_, S>, bucket: u32) -> 
             Standing::Waiting { driver, deadline, .. } => {
                 let dead = table.is_dead(scene, *driver)? && !bug!(DeadDriverKept);
                 if *deadline + LINGER <= scene.now || dead {
-                    end(table, scene, *lease, End::Cancelled)?;
+                    abandon(table, scene, *lease, *driver)?;
                 }
             }
             // Looking costs a read for each of its locks: once in the longest TTL is enough for what is only a record.
@@ -203,7 +203,7 @@ pub fn sweep<S: Store>(table: &mut Table, scene: &Scene<'_, S>, bucket: u32) -> 
                         let held = Standing::Held { claim: claim.clone(), seen: scene.now };
                         change(scene, *lease, |known| matches!(known, Some(Standing::Held { .. })).then_some(held))?;
                     } else {
-                        end(table, scene, *lease, End::Expired)?;
+                        expire(table, scene, claim)?;
                     }
                 }
             }
@@ -272,6 +272,36 @@ pub(super) fn end<S: Store>(
         Some(Standing::Over { .. }) | None => {}
     }
     Ok(before)
+}
+
+/// Ends a lease that waits for a driver that is not heard of any more. False where it does so no longer: the driver was
+/// only late, and what it was granted meanwhile is its own.
+pub(super) fn abandon<S: Store>(
+    table: &mut Table,
+    scene: &Scene<'_, S>,
+    lease: LeaseId,
+    driver: SessionId,
+) -> Result<bool, StoreError> {
+    let over = Standing::Over { end: End::Cancelled, since: scene.now };
+    let claim = store::update(scene.store, LeaseBucket::index(scene.store, lease), |leases: &mut LeaseBucket| {
+        let claim = match leases.get(lease) {
+            Some(Standing::Waiting { driver: known, claim, .. }) if *known == driver => claim.clone(),
+            _ => return Ok((None, Save::No)),
+        };
+        leases.set(lease, over.clone(), scene.now);
+        Ok((Some(claim), Save::Yes))
+    })?;
+    let Some(claim) = claim else { return Ok(false) };
+    table.uproot(scene, &claim.request);
+    table.wake(Wake { session: driver, lease });
+    Ok(true)
+}
+
+/// A granted lease has lost something: takes the rest of it away as well. The locks and the index first: should this worker
+/// die in between, the next one that looks finds the lease and goes on.
+pub(super) fn expire<S: Store>(table: &mut Table, scene: &Scene<'_, S>, claim: &Claim) -> Result<(), StoreError> {
+    table.uproot(scene, &claim.request);
+    mark(scene, claim.request.lease, End::Expired)
 }
 
 /// Says that a lease is over.

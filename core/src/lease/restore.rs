@@ -27,15 +27,30 @@ pub(super) fn restore<S: Store>(
         return Ok(None);
     }
     let mut claim = Claim::new(Request { arrived: scene.now, ..receipt.request.clone() });
-    relist(table, scene, &mut claim)?;
+    let back = put_all_back(table, scene, &mut claim, receipt, until);
+    if !matches!(back, Ok(true)) {
+        // Of a lease that is not whole nothing may stay, in the index neither.
+        table.uproot(scene, &claim.request);
+    }
+    back.map(|back| back.then_some(claim))
+}
+
+/// Lists the lease, and puts it back at each of its locks. False where one of them is somebody else's by now.
+fn put_all_back<S: Store>(
+    table: &mut Table,
+    scene: &Scene<'_, S>,
+    claim: &mut Claim,
+    receipt: &Receipt,
+    until: Time,
+) -> Result<bool, StoreError> {
+    relist(table, scene, claim)?;
     for fence in &receipt.fences {
-        if !put_back(table, scene, &claim, *fence, until)? {
-            table.uproot(scene, &claim.request);
-            return Ok(None);
+        if !put_back(table, scene, claim, *fence, until)? {
+            return Ok(false);
         }
         claim.push(*fence, until);
     }
-    Ok(Some(claim))
+    Ok(true)
 }
 
 /// Lets the index by owner name the lease.

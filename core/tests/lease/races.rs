@@ -1,10 +1,11 @@
 //! One worker acts in the middle of another's step, before each of its accesses to the store.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use interlock_core::LeaseId;
 use interlock_core::lease::{Answer, Deleted, End};
+use interlock_core::store::OwnerBucket;
 
 use super::*;
 #[cfg(target_arch = "wasm32")]
@@ -75,4 +76,87 @@ fn a_release_in_the_middle_of_a_hand_over_leaves_nothing() {
         }
     }
     assert!(interrupted > 3, "{interrupted}");
+}
+
+#[test]
+fn a_driver_that_is_only_late_keeps_what_it_is_granted_while_others_sweep() {
+    let mut late = 0;
+    for at in 0..40 {
+        let mut authority = Authority::new(2);
+        drop(granted(authority.put(0, &asked(2, "b", "l"))));
+        let waits = parked(authority.put(1, &asked(1, "a", "l")));
+        assert_eq!(authority.delete(0, 2), Deleted::Released);
+        // Its driver has not been heard of for so long that it looks dead.
+        authority.pass(ms(1600));
+        authority.beat(0);
+        let (store, rules) = (authority.store.clone(), authority.rules.clone());
+        let (now, unix_micros) = (authority.now, authority.unix_micros);
+        let mut driver = Some((authority.workers.pop().unwrap(), waits));
+        let answer = Rc::new(RefCell::new(None));
+        let (told, mut left) = (Rc::clone(&answer), at);
+        authority.store.hook(move |_| {
+            if left == 0
+                && let Some((mut table, waits)) = driver.take()
+            {
+                let scene = Scene { store: &store, rules: &rules, now, unix_micros };
+                table.beat(&scene, 0).unwrap();
+                *told.borrow_mut() = Some(lease::authority::poll(&mut table, &scene, waits).unwrap());
+            }
+            left = usize::wrapping_sub(left, 1);
+        });
+        authority.sweep();
+        authority.store.unhook();
+        if let Some(Answer::Granted { .. }) = answer.borrow_mut().take() {
+            late += 1;
+            assert!(authority.get(1).is_some(), "access {at}");
+        }
+    }
+    assert!(late > 3, "{late}");
+}
+
+/// Whether the index by owner names anybody.
+fn listed(authority: &Authority) -> bool {
+    let buckets = 0..authority.store.buckets();
+    buckets.into_iter().any(|bucket| !authority.store.mem.read::<OwnerBucket>(bucket).unwrap().0.holdings().is_empty())
+}
+
+#[test]
+fn a_lease_that_could_not_come_back_whole_is_not_listed_for_ever() {
+    for at in 0..12 {
+        let mut authority = Authority::new(1);
+        let lease = granted(authority.put(0, &asked(1, "a", "l").and("m")));
+        authority.restart(ms(10));
+        authority.store.fail_after(at, 1);
+        let renewed = authority
+            .on(0, |table, scene| lease::authority::renew(table, scene, LeaseId(1), None, Some(&lease.receipt)));
+        authority.store.fail_after(0, 0);
+        assert!(authority.on(0, |table, scene| table.settle_debts(scene)));
+        authority.delete(0, 1);
+        assert!(!listed(&authority), "access {at}: {renewed:?}");
+    }
+}
+
+#[test]
+fn whoever_dies_while_it_ends_a_lease_leaves_nothing_that_stays() {
+    for at in 0..150 {
+        let mut authority = Authority::new(2);
+        let ask = Asked { ttl: ms(300), ..asked(1, "a", "l") };
+        drop(granted(authority.put(1, &ask)));
+        authority.advance(GRACE + ms(1));
+        // Nothing of what it does from some access on comes to anything, and what it remembers of it goes with it.
+        authority.store.fail_after(at, 10_000);
+        for bucket in 0..authority.store.buckets() {
+            let _ = authority.on(0, |table, scene| {
+                table.sweep(scene, bucket, &mut Census::default())?;
+                lease::authority::sweep(table, scene, bucket)
+            });
+        }
+        authority.store.fail_after(0, 0);
+        authority.workers[0] = Table::new();
+        authority.advance(ms(1));
+        authority.sweep();
+        authority.advance(lease::record::LINGER);
+        authority.sweep();
+        assert!(!listed(&authority), "access {at}");
+    }
 }
