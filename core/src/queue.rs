@@ -100,6 +100,27 @@ impl Entry {
         }
     }
 
+    /// Makes sure, for the worker `me` whose entry it is, that it stands as that worker sees it. True if that changed it.
+    ///
+    /// A grant that nothing but the heartbeat keeps alive any more is renewed: somebody else may have read the heartbeats
+    /// before the last one, which came late, and be about to end the grant. Writing the lock makes that one look again,
+    /// and what it then finds does not depend on heartbeats. What the worker took under a session that was forgotten
+    /// since hangs on its present one from now on, or no heartbeat would keep it.
+    pub(crate) fn confirm(&mut self, me: SessionId, now: Time) -> bool {
+        let hangs_on_it = self.session != SessionId::NONE && !(self.detached && self.is_held());
+        let moves = hangs_on_it && self.session != me && me != SessionId::NONE;
+        if moves {
+            self.session = me;
+        }
+        match &mut self.state {
+            State::Held { renewed, .. } if moves || *renewed + self.ttl <= now => {
+                *renewed = now;
+                true
+            }
+            State::Held { .. } | State::Waiting { .. } => moves,
+        }
+    }
+
     /// Whether the two may not hold the lock together.
     fn conflicts(&self, other: &Entry) -> bool {
         let lax = bug!(IntentsIgnored) && self.mode != Mode::Exclusive && other.mode != Mode::Exclusive;

@@ -11,7 +11,7 @@ use crate::time::{Duration, Time};
 
 /// What became of one attempt at one lock.
 pub(super) enum Taken {
-    Granted { fence: Fence, until: Time, over_waiters: bool },
+    Granted { fence: Fence, until: Time, anew: bool, over_waiters: bool },
     Queued { poll_at: Time, anew: bool, before_waiters: bool },
     Busy { holders: Vec<Holder>, retry_after: Duration },
     Full(Limit, u64),
@@ -74,6 +74,7 @@ impl Table {
         let permits = scene.rules.classes.of(&want.name).permits;
         let reaped = self.reap(scene, queue, events)?;
         let stood = queue.entry(lease).is_some();
+        let confirmed = queue.entry_mut(lease).is_some_and(|entry| entry.confirm(self.me, now));
         if !stood && stance != Stance::Last {
             queue.enqueue(self.entry(scene, claim, want));
         }
@@ -87,7 +88,9 @@ impl Table {
             granted.extend(queue.settle(permits, now, floor, highest));
         }
         let taken = match queue.entry(lease).map(|entry| &entry.state) {
-            Some(State::Held { fence, until, .. }) => Taken::Granted { fence: *fence, until: *until, over_waiters },
+            Some(State::Held { fence, until, .. }) => {
+                Taken::Granted { fence: *fence, until: *until, anew: !stood, over_waiters }
+            }
             Some(State::Waiting { .. }) if stance == Stance::Wait => self.stand(scene, queue, lease, stood),
             Some(State::Waiting { .. }) | None => self.busy(scene, queue, lease),
         };
@@ -99,7 +102,7 @@ impl Table {
                 events.push(Event::Left { lock: want.name.clone() });
             }
         }
-        let changed = reaped || !granted.is_empty() || stays != stood;
+        let changed = reaped || confirmed || !granted.is_empty() || stays != stood;
         if granted.contains(&lease) {
             events.push(Event::Granted { lock: want.name.clone(), queued: stood });
         } else if stays && !stood {

@@ -46,21 +46,22 @@ impl Table {
         Ok(refused)
     }
 
-    /// Lets the index by owner say for which lock the request is about to wait.
+    /// Lets the index by owner say for which lock the request waits.
     pub(super) fn publish<S: Store>(&mut self, scene: &Scene<'_, S>, claim: &mut Claim) -> Result<(), StoreError> {
-        let (request, me, next) = (&claim.request, self.me, claim.grants.len());
-        let waits = if bug!(SearchBeforePublish) && !claim.is_published() { None } else { Some(next) };
+        let waiting = Some(claim.grants.len());
+        let shown = if bug!(SearchBeforePublish) && claim.published.is_none() { None } else { waiting };
+        // Even if the store fails: then there may be something to undo.
+        claim.indexed = true;
+        claim.published = waiting;
+        let (request, me) = (&claim.request, self.me);
         let bucket = scene.store.bucket(request.owner.as_str());
         store::update(scene.store, bucket, |owners: &mut OwnerBucket| {
             owners.with_items(&request.owner, |items| {
                 items.retain(|item| item.lease != request.lease);
-                items.extend(items_of(request, me, waits, scene.now));
+                items.extend(items_of(request, me, shown, scene.now));
                 Ok(((), Save::Yes))
             })
-        })?;
-        claim.indexed = true;
-        claim.published = Some(next);
-        Ok(())
+        })
     }
 
     /// The first lock of the request that sorts at or below one that the owner holds, with that one. Locks that the
@@ -89,13 +90,20 @@ impl Table {
 
     /// Whether the lease holds the lock now.
     fn has<S: Store>(&mut self, scene: &Scene<'_, S>, item: &Item) -> Result<bool, StoreError> {
+        let mut lives = self.lives(scene, item)?;
+        if lives == Some(false) {
+            // By old heartbeats. With new ones the lock is read anew: what they revive may be gone from it by now.
+            self.refresh(scene)?;
+            lives = self.lives(scene, item)?;
+        }
+        Ok(lives == Some(true))
+    }
+
+    /// Whether the lease's grant lives, by the heartbeats as last read; none where it has no grant.
+    fn lives<S: Store>(&self, scene: &Scene<'_, S>, item: &Item) -> Result<Option<bool>, StoreError> {
         let (locks, _) = scene.store.read::<LockBucket>(scene.store.bucket(item.lock.as_str()))?;
         let entry = locks.queue(&item.lock).and_then(|queue| queue.entry(item.lease)).filter(|entry| entry.is_held());
-        let Some(entry) = entry else { return Ok(false) };
-        if entry.ends(&self.sessions) <= scene.now {
-            self.refresh(scene)?;
-        }
-        Ok(entry.ends(&self.sessions) > scene.now)
+        Ok(entry.map(|entry| entry.ends(&self.sessions) > scene.now))
     }
 
     /// Takes a lease out of the index by owner.
@@ -114,7 +122,7 @@ impl Table {
     }
 }
 
-/// The index items of a request; `waiting` is the want that it is about to wait for.
+/// The index items of a request; `waiting` is the want that it waits for.
 pub(crate) fn items_of(
     request: &Request,
     session: SessionId,

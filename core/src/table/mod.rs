@@ -190,14 +190,25 @@ impl Table {
                 Err(error) => return self.refuse(scene, claim, error.into()),
             };
             match taken {
-                Taken::Granted { fence, until, over_waiters } => {
+                Taken::Granted { fence, until, anew, over_waiters } => {
+                    // It had been taken for dead and out of the queue: then out of the index as well, perhaps.
+                    let dropped = resumed.is_some() && anew && claim.is_published();
+                    let relisted = if dropped { self.publish(scene, &mut claim) } else { Ok(()) };
                     claim.push(fence, until);
                     // What is detached is counted by the sweep: another worker may be the one to give it back.
                     self.load.locks += u32::from(!claim.request.detached);
+                    if let Err(error) = relisted {
+                        return self.refuse(scene, claim, error.into());
+                    }
                     // An upgrade that goes ahead of waiters draws edges from them to its owner. If that owner waits
                     // elsewhere, in another request, they may close a cycle.
                     if over_waiters && !bug!(UpgradeEdgesNotSearched) {
-                        if let Err(cause) = self.check_cycle(scene, &owner, None) {
+                        if let Err(mut cause) = self.check_cycle(scene, &owner, None) {
+                            if want.wait.is_zero() && matches!(cause, Cause::Deadlock { .. }) {
+                                // Who does not wait is no part of a deadlock: those in the queue stand in its way.
+                                let retry_after = Duration::from_millis(1);
+                                cause = Cause::Held { holders: Vec::new(), retry_after };
+                            }
                             return self.refuse_at(scene, claim, None, cause);
                         }
                         // Where the store fails, those who wait find out when they are polled.
@@ -206,12 +217,8 @@ impl Table {
                     stance = Stance::Try;
                 }
                 Taken::Queued { poll_at, anew, before_waiters } => {
-                    // It had been taken for dead and out of the queue: then out of the index as well, perhaps.
-                    if resumed.is_some()
-                        && anew
-                        && claim.is_published()
-                        && let Err(error) = self.publish(scene, &mut claim)
-                    {
+                    // Not before it stands there: what stands nowhere may be tidied out of the index, if its worker looks dead.
+                    if anew && let Err(error) = self.publish(scene, &mut claim) {
                         return self.refuse(scene, claim, error.into());
                     }
                     // Whoever draws an edge searches. What stood here has searched when it came; again only where that
@@ -239,12 +246,7 @@ impl Table {
                     let waited = scene.now.since(claim.request.arrived);
                     return self.refuse(scene, claim, Cause::WaitTimeout { holders, waited, retry_after });
                 }
-                Taken::Busy { .. } => {
-                    if let Err(error) = self.publish(scene, &mut claim) {
-                        return self.refuse(scene, claim, error.into());
-                    }
-                    stance = Stance::Wait;
-                }
+                Taken::Busy { .. } => stance = Stance::Wait,
                 Taken::Full(limit, value) => return self.refuse(scene, claim, Cause::Limit { limit, value }),
             }
         }

@@ -100,7 +100,7 @@ impl Table {
                     return Ok((false, Save::No));
                 }
                 let changed = locks.with_queue(&grant.name, |queue, _| {
-                    queue.entry_mut(id).is_some_and(|entry| renew_entry(entry, ttl, scene.now))
+                    queue.entry_mut(id).is_some_and(|entry| renew_entry(entry, self.me, ttl, scene.now))
                 });
                 Ok((true, Save::from(changed)))
             })?;
@@ -245,6 +245,7 @@ impl Table {
 
     /// Tries again to remove what could not be removed when it should have been. True when nothing is left to do.
     pub fn settle_debts<S: Store>(&mut self, scene: &Scene<'_, S>) -> bool {
+        self.fresh = false;
         for debt in core::mem::take(&mut self.debts) {
             match debt {
                 Debt::Lock { name, lease } => drop(self.give_back(scene, &name, lease)),
@@ -278,8 +279,8 @@ impl Table {
 }
 
 /// Renews what lives by its own renewals, and sets the TTL where there is a new one. False if nothing changed.
-fn renew_entry(entry: &mut Entry, ttl: Option<Duration>, now: Time) -> bool {
-    let mut changed = false;
+fn renew_entry(entry: &mut Entry, me: SessionId, ttl: Option<Duration>, now: Time) -> bool {
+    let mut changed = entry.confirm(me, now);
     let renewable = entry.detached || entry.session == SessionId::NONE;
     if let (true, State::Held { renewed, .. }) = (renewable, &mut entry.state) {
         *renewed = now;

@@ -21,7 +21,8 @@ pub struct Ledger {
     pub expired: Vec<(String, String)>,
     /// Per lock: its fences, with their owner and whether the critical section is over.
     fences: BTreeMap<String, BTreeMap<u64, (OwnerId, bool)>>,
-    seen: BTreeSet<(String, LeaseId)>,
+    /// Grants that were looked at. A lease whose grant has ended may be granted its lock once more.
+    seen: BTreeSet<(String, LeaseId, u64)>,
 }
 
 impl Ledger {
@@ -160,7 +161,7 @@ fn fences(world: &World, queue: &Queue) {
     }
     now.sort_by_key(|(fence, _)| *fence);
     for (fence, entry) in &now {
-        if !ledger.seen.insert((name.clone(), entry.lease)) {
+        if !ledger.seen.insert((name.clone(), entry.lease, *fence)) {
             continue;
         }
         let known = ledger.fences.entry(name.clone()).or_default();

@@ -62,7 +62,7 @@ fn a_store_that_fails_at_any_access_loses_nothing() {
 }
 
 /// Lets `act` happen in a second world, once, before access number `at` of what the first one does next.
-fn in_between(w: &World, at: usize, act: impl FnOnce(&mut World) + 'static) -> Rc<RefCell<World>> {
+pub fn in_between(w: &World, at: usize, act: impl FnOnce(&mut World) + 'static) -> Rc<RefCell<World>> {
     let twin = Rc::new(RefCell::new(w.twin(1)));
     let (inner, mut act, mut left) = (Rc::clone(&twin), Some(act), at);
     w.store.hook(move |_| {

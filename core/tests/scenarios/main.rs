@@ -8,6 +8,7 @@ mod interference;
 mod order;
 mod queues;
 mod requests;
+mod silence;
 mod time;
 
 use common::rules;
