@@ -21,7 +21,7 @@ use interlock_core::{
 };
 use siphasher::sip::SipHasher13;
 
-use crate::host::{Cas, Expected, Host, HostError, QueueId, Stored};
+use crate::host::{Cas, Expected, Host, HostError, QueueId, Status, Stored};
 
 /// How many buckets locks are spread over, and owners. Each costs one key of shared data once it was used. With the
 /// default limit of 100,000 locks a bucket holds about a hundred at the most.
@@ -65,7 +65,11 @@ impl Space {
                 match host.shared_set(&key, &seed, Expected::Absent)? {
                     Stored::Yes => seed,
                     Stored::Conflict if bug!(OwnSeedKept) => seed,
-                    Stored::Conflict => host.shared_get(&key)?.map_or(seed, |(theirs, _)| theirs),
+                    Stored::Conflict => {
+                        let theirs = host.shared_get(&key)?.map(|(theirs, _)| theirs);
+                        // A secret of its own would make this VM's table another one.
+                        theirs.ok_or(HostError { call: "shared_get", status: Status::NotFound })?
+                    }
                 }
             }
         };
@@ -235,8 +239,9 @@ impl Local {
             }
         };
         let had_session = self.table.session() != SessionId::NONE;
-        let lapsed = self.may_have_lapsed(now, self.table.shortest_ttl());
         let joined = with_scene(host, &self.space, rules, |scene| self.table.beat(scene, mailbox.0))?;
+        // By the clock after the write: up to then others saw the last heartbeat, however early this one was begun.
+        let lapsed = self.may_have_lapsed(host.now(), self.table.shortest_ttl());
         self.beaten = now;
         Ok(had_session && (joined.is_some() || lapsed))
     }

@@ -118,11 +118,13 @@ impl Runtime {
     }
 
     /// The lock that a stream lost without anybody having noticed. Asks the table only where this VM was silent for so
-    /// long that it may have.
+    /// long that it may have, and has not looked since.
     pub(super) fn lapsed(&mut self, host: &dyn Host, id: ContextId) -> Option<(LockName, Loss)> {
         let Stream { case, state: State::Holding(held), .. } = self.streams.get(&id)? else { return None };
         let (purpose, ttl) = (case.purpose(), held.lease.ttl());
-        if !self.tables.get(purpose)?.may_have_lapsed(host.now(), ttl) || bug!(LostLeasePasses) {
+        let in_doubt = self.doubtful.contains_key(&purpose);
+        let sure = !in_doubt && !self.tables.get(purpose)?.may_have_lapsed(host.now(), ttl);
+        if sure || bug!(LostLeasePasses) {
             return None;
         }
         // What nobody took is kept by the heartbeat that is late.
