@@ -5,6 +5,7 @@ mod demo;
 mod fuzz;
 mod lint;
 mod mutants;
+mod sim;
 mod soak;
 mod test;
 mod wasm;
@@ -36,6 +37,9 @@ enum Task {
     Conformance(conformance::ConformanceArgs),
     /// Test everything: natively, as wasm under Node, and in a real Envoy
     Test(test::TestArgs),
+    /// Play schedules that seeds make up, with every fault, and check all invariants after every step
+    #[command(disable_help_flag = true)]
+    Sim(sim::SimArgs),
     /// Put mixed contended load on a real Envoy and check what the upstream sees
     Soak(soak::SoakArgs),
     /// Show that the tests notice bugs, each seeded one at a time
@@ -53,6 +57,7 @@ fn main() -> ExitCode {
         Task::Demo(args) => demo::run(args),
         Task::Conformance(args) => conformance::run(&args),
         Task::Test(args) => test::run(&args),
+        Task::Sim(args) => sim::run(&args),
         Task::Soak(args) => soak::run(args),
         Task::Mutants(args) => mutants::run(&args),
         Task::Fuzz(args) => fuzz::run(&args),

@@ -16,6 +16,7 @@ use interlock_testkit::tools;
 use crate::conformance::Reports;
 use crate::fuzz;
 use crate::mutants::{self, MutantsArgs};
+use crate::sim;
 use crate::wasm::{self, WasmArgs};
 
 const CORE_TARGET: &str = "wasm32-unknown-unknown";
@@ -43,6 +44,8 @@ enum Stage {
     Native,
     /// The seeded bugs, each of which a test must notice
     Mutants,
+    /// The simulator: two million schedules of the lock table, from the same seeds each time
+    Sim,
     /// The core's tests as wasm under Node
     Core,
     /// Each fuzz target for a short while
@@ -91,6 +94,7 @@ impl Stage {
             Stage::Tools => bring_tools(),
             Stage::Native => native(cases),
             Stage::Mutants => mutants::run(&MutantsArgs::default()),
+            Stage::Sim => sim::sweep(2_000_000),
             Stage::Core => core(),
             Stage::Fuzz => fuzz::briefly(args.fuzz_seconds),
             Stage::Wasm => wasm::run(&WasmArgs::default()),
