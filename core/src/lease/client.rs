@@ -272,6 +272,9 @@ impl<G: Clone, W> Client<G, W> {
             }
             *renewing = None;
             match answer {
+                // What was over before the answer came stays over: between its end and a renewal that was long on its way others
+                // may have had the lock, if the authority forgot them all in a restart.
+                Some(Some(_)) if *until <= now => {}
                 Some(Some(expires_in)) => {
                     entry.failures = 0;
                     let sent = if bug!(RenewedFromAnswer) { now } else { sent };

@@ -121,6 +121,19 @@ fn a_lease_is_renewed_in_time_and_counted_from_the_renewal() {
 }
 
 #[test]
+fn a_renewal_that_is_answered_after_the_lease_ended_does_not_bring_it_back() {
+    let mut proxy = Proxy::holding(ms(3000), ms(60_000));
+    proxy.advance(ms(1000));
+    let call = proxy.renewal();
+    // It was paused, and the answer is the first that it hears.
+    proxy.now = proxy.now + ms(2000);
+    proxy.client.renewed(proxy.now, call, &[(LEASE, Some(ms(3000)))]);
+    assert!(!proxy.holds());
+    proxy.client.tick(proxy.now);
+    assert!(proxy.take().contains(&Do::Lost { ticket: TICKET, loss: Loss::Expired }));
+}
+
+#[test]
 fn one_call_renews_all_that_are_due() {
     let mut proxy = Proxy::holding(ms(3000), ms(60_000));
     proxy.advance(ms(100));

@@ -1,6 +1,6 @@
 //! What must hold of the protocol: at the authority's table, and among those who believe that they hold.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use interlock_core::store::LockBucket;
 use interlock_core::{Entry, Fence, LeaseId, LockName, State as Stand, Time};
@@ -18,7 +18,7 @@ pub struct ProtocolFacts {
     /// The highest fence that was ever given for a lock.
     highest: BTreeMap<LockName, Fence>,
     /// Every grant that was ever made, with its fence.
-    grants: BTreeMap<(LockName, LeaseId), Fence>,
+    grants: BTreeMap<(LockName, LeaseId), BTreeSet<Fence>>,
     /// Leases that a release was acknowledged for, in this life of the authority, and when.
     deleted: BTreeMap<LeaseId, Time>,
     /// The highest fence that a resource has seen.
@@ -71,7 +71,8 @@ impl State {
             self.no_conflict(&queue.name, entries);
             for (at, entry) in entries.iter().enumerate() {
                 let stood = before.iter().find(|other| other.lease == entry.lease);
-                if entry.is_held() && stood.is_none_or(|stood| !stood.is_held()) {
+                // By its fence: a grant that nobody had been told of may end and be made anew in one write.
+                if entry.is_held() && stood.is_none_or(|stood| stood.fence() != entry.fence()) {
                     self.granted_by_authority(&queue.name, entries, at, stood.is_some());
                 }
             }
@@ -99,9 +100,10 @@ impl State {
         let (entry, now) = (&entries[at], self.now);
         let Stand::Held { fence, .. } = entry.state else { return };
         let key = (name.clone(), entry.lease);
-        let known = self.protocol().grants.insert(key, fence);
+        // Several, where a lease was asked for again after a restart that forgot it: a receipt of any of them may come back.
+        let known = !self.protocol().grants.entry(key).or_default().insert(fence);
         let grace = !self.sessions.record.grace_left(self.rules.grace, now).is_zero();
-        if known == Some(fence) {
+        if known {
             // It comes back by its receipt.
             self.counts.restored += u64::from(grace);
             return;
