@@ -1,6 +1,8 @@
 //! What the filter tells operators: metrics and log lines. Nothing is decided here.
 
-use interlock_core::{Cause, Duration, Entry, Event, Lease, LockName, Loss, Mode, OwnerId, Pending, State, StoreError};
+use interlock_core::{
+    Cause, Duration, Entry, Event, Lease, LockName, Loss, Mode, OwnerId, Pending, Refusal, State, StoreError,
+};
 
 use super::Active;
 use super::stream::Case;
@@ -49,10 +51,15 @@ pub fn unlocked(host: &dyn Host, case: &Case, reject: &Reject, waited: Duration)
 /// A lease that was asked for by message was refused.
 pub fn refused_lease(host: &dyn Host, active: &Active, reject: &Reject, asked_by: &str) {
     let class = reject.lock().map_or("", LockName::class);
-    active.telemetry.refused(host, class, reject.slug(), Duration::ZERO);
+    let waited = match reject {
+        Reject::Core(Refusal { cause: Cause::WaitTimeout { waited, .. }, .. }) => *waited,
+        _ => Duration::ZERO,
+    };
+    active.telemetry.refused(host, class, reject.slug(), waited);
     if telemetry::enabled(host, Incident::Refused) {
         let detail = reject.detail();
-        telemetry::log(host, &record(Incident::Refused, active, reject, &detail, asked_by));
+        let record = Record { waited, ..record(Incident::Refused, active, reject, &detail, asked_by) };
+        telemetry::log(host, &record);
     }
 }
 

@@ -141,6 +141,7 @@ fn a_wait_that_runs_out_and_a_deadlock_are_problems() {
     proxy.until("the wait ends", secs(3), || proxy.has_ended(parked));
     let (status, problem) = proxy.answer(parked);
     assert_eq!((status, &problem["type"]), (423, &json!("urn:interlock:problem:wait-timeout")));
+    assert_eq!(proxy.fake.histogram("interlock_wait_ms.class.b").last(), Some(&2000), "its wait is counted");
     assert!(proxy.ended(parked).header("retry-after").is_some());
     for n in [1, 2] {
         assert_eq!(delete(&proxy, 0, n), "released");
