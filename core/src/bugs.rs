@@ -2,7 +2,7 @@
 //!
 //! What lives here: their list, and which one is on. They are the proof that the tests would notice: `cargo xtask mutants`
 //! runs the tests against each and fails if any survives. The module exists under `--cfg interlock_bugs` only, which no
-//! feature turns on and nothing that ships is built with; without it [`crate::bug`] is the constant `false`. What a bug
+//! feature turns on and nothing that ships is built with; without it `bug!` is the constant `false`. What a bug
 //! does stands where it bites, in one line that asks for it. The list is read by `xtask` as well, so it may name nothing
 //! of the core.
 

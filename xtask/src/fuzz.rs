@@ -1,7 +1,7 @@
 //! `cargo xtask fuzz`: the fuzz targets under libFuzzer. What a target does is in `fuzz/src`; here they are built, given time, and
 //! what became of them is told.
 //!
-//! [`run`] is one go of one target, [`corpus`] what is kept of it in the repository.
+//! [`mod@run`] is one go of one target, [`corpus`] what is kept of it in the repository.
 
 mod corpus;
 mod run;
