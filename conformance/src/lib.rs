@@ -2,7 +2,7 @@
 //!
 //! * [`case`]: what a case says, read strictly.
 //! * [`need`]: what a case needs of a target, and so why it is skipped on one that lacks it.
-//! * [`run`]: what each step means and what has to come of it, over the trait [`Target`].
+//! * [`mod@run`]: what each step means and what has to come of it, over the trait [`Target`].
 //! * [`report`]: what came of them all, and the table.
 //!
 //! A target (the core on a virtual clock, requests through a real Envoy) lives with its tests: it says what it lacks in a
