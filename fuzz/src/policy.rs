@@ -39,22 +39,23 @@ pub fn run(data: &[u8]) {
         // An empty Struct has no bytes, and those are the default policy.
         assert!(same || !value.is_object(), "as JSON: {parsed:?}\nas a Struct: {other:?}");
     }
-    let text = value.as_ref().map(Value::to_string).unwrap_or_default();
+    // As it came, which may be a Struct, and without the escapes of JSON.
+    let texts = [String::from_utf8_lossy(data).into_owned(), value.as_ref().map(Value::to_string).unwrap_or_default()];
     match parsed {
-        Ok(policy) => in_force(&policy, &text),
-        Err(error) => refused(&error.to_string(), value.as_ref(), &text),
+        Ok(policy) => in_force(&policy, &texts),
+        Err(error) => refused(&error.to_string(), value.as_ref(), &texts),
     }
 }
 
 /// Whether what is said shows a secret that it cannot have from anywhere but the place of secrets. The fuzzer learns what it
 /// is compared with, and writes that elsewhere too.
-fn shows(said: &str, secret: &str, text: &str, places: usize) -> bool {
-    said.contains(secret) && text.matches(secret).count() <= places
+fn shows(said: &str, secret: &str, texts: &[String], places: usize) -> bool {
+    said.contains(secret) && texts.iter().all(|text| text.matches(secret).count() <= places)
 }
 
 /// A policy that was taken is within its limits, and so is what it makes of a request.
-fn in_force(policy: &Policy, text: &str) {
-    assert!(!shows(&format!("{policy:?}"), ENV.1, text, 0), "a secret is shown");
+fn in_force(policy: &Policy, texts: &[String]) {
+    assert!(!shows(&format!("{policy:?}"), ENV.1, texts, 0), "a secret is shown");
     assert!(!policy.owner_from.is_empty());
     assert!(policy.limits.max_wait <= LONGEST && (MIN_TTL..=LONGEST).contains(&policy.limits.max_ttl));
     let defaults = policy.defaults;
@@ -81,14 +82,14 @@ fn in_force(policy: &Policy, text: &str) {
 }
 
 /// A complaint is one line that names a place in the configuration, and no secret.
-fn refused(line: &str, value: Option<&Value>, text: &str) {
+fn refused(line: &str, value: Option<&Value>, texts: &[String]) {
     assert!(!line.is_empty() && line.len() <= LONGEST_LINE, "{} bytes of complaint", line.len());
     assert!(!line.contains(char::is_control), "more than one line: {line:?}");
-    assert!(!shows(line, ENV.1, text, 0), "a secret is shown: {line}");
+    assert!(!shows(line, ENV.1, texts, 0), "a secret is shown: {line}");
     let Some(value) = value else { return };
     for key in value["keys"].as_array().into_iter().flatten() {
         if let Some(secret) = key["secret"]["base64"].as_str().filter(|secret| secret.len() >= 16) {
-            assert!(!shows(line, secret, text, 1), "a secret is shown: {line}");
+            assert!(!shows(line, secret, texts, 1), "a secret is shown: {line}");
         }
     }
     if !line.starts_with("the policy is ") {
