@@ -34,6 +34,9 @@ pub struct FuzzArgs {
     /// How many targets run at a time
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
     jobs: u16,
+    /// The seed of libFuzzer's own choices; another one each time if not given
+    #[arg(long)]
+    seed: Option<u32>,
     /// Run one target on this file, and do no more
     #[arg(long, value_name = "FILE", requires = "targets")]
     replay: Option<PathBuf>,
@@ -52,6 +55,9 @@ pub fn briefly(seconds: u32) -> Result<()> {
         seconds: Some(seconds),
         targets: Vec::new(),
         jobs: 2,
+        // The same way each time, as far as the time goes: a test that fails now and then tells nobody anything. New ways are
+        // for longer runs.
+        seed: Some(1),
         replay: None,
         keep: false,
         seed_corpus: false,
@@ -80,7 +86,7 @@ pub fn run(args: &FuzzArgs) -> Result<()> {
         |seconds| Duration::from_secs(seconds.into()),
     );
     println!("{} targets for {length:.0?} each, {jobs} at a time", targets.len());
-    let reports = all(&programs, &targets, length, jobs)?;
+    let reports = all(&programs, &targets, length, jobs, args.seed)?;
     run::print(&reports);
     if args.keep {
         targets.iter().try_for_each(|target| corpus::keep(&programs, target))?;
@@ -91,13 +97,13 @@ pub fn run(args: &FuzzArgs) -> Result<()> {
 }
 
 /// Runs the targets, so many at a time.
-fn all(programs: &Path, targets: &[String], length: Duration, jobs: usize) -> Result<Vec<Report>> {
+fn all(programs: &Path, targets: &[String], length: Duration, jobs: usize, seed: Option<u32>) -> Result<Vec<Report>> {
     let waiting = Mutex::new(targets.iter().collect::<VecDeque<_>>());
     let next = || waiting.lock().ok().and_then(|mut waiting| waiting.pop_front());
     let worker = || {
         let mut reports = Vec::new();
         while let Some(target) = next() {
-            reports.push(run::go(programs, target, length)?);
+            reports.push(run::go(programs, target, length, seed)?);
         }
         Ok::<_, anyhow::Error>(reports)
     };

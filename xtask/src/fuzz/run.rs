@@ -44,13 +44,14 @@ pub fn command(programs: &Path, target: &str) -> Command {
 }
 
 /// Lets a target run for a while, on from what earlier runs and the repository have.
-pub fn go(programs: &Path, target: &str, length: Duration) -> Result<Report> {
+pub fn go(programs: &Path, target: &str, length: Duration, seed: Option<u32>) -> Result<Report> {
     let artifacts = place(&scratch().join("artifacts"), target)?;
     let path = place(&scratch().join("logs"), target)?.join("last.log");
     let log = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
     let mut command = command(programs, target);
     command.arg(format!("-max_total_time={}", length.as_secs().max(1)));
     command.arg(format!("-artifact_prefix={}/", artifacts.display())).arg("-print_final_stats=1");
+    command.args(seed.map(|seed| format!("-seed={seed}")));
     let dictionary = tools::root().join(format!("fuzz/dictionaries/{target}.dict"));
     if dictionary.is_file() {
         command.arg(format!("-dict={}", dictionary.display()));
