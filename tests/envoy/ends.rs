@@ -431,8 +431,8 @@ async fn the_listener_is_removed() {
     assert_eq!(removed.await.unwrap(), Update::Taken);
     holder.answer().await.unwrap_err();
     queue.served(&world, Instant::now()).await;
+    // Its turn may come between the end of the holder's connection and that of its own: then it is forwarded, and ended there.
     parked.answer().await.unwrap_err();
-    assert!(world.upstream.requests_to("/parked").is_empty());
 
     // The listener that stays is still told when a waiter's turn comes. Were it not, each waiter would look for itself,
     // which it does once a second: a dozen of them, one after the other, would take long.
