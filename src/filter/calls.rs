@@ -10,7 +10,7 @@ use interlock_core::lease::{Answer as Given, End, Granted, Parked};
 use interlock_core::{Cause, Duration, Refusal, Request, StoreError, Time};
 
 use super::respond::Answer;
-use super::{Active, BACKSTOP, Flow, Runtime, intake, report};
+use super::{Active, Flow, Runtime, intake, next_look, report};
 use crate::answer::Reject;
 use crate::api::body::{self, Conflict, ConflictEdge};
 use crate::api::call::{LeaseName, Put, Renew};
@@ -100,8 +100,7 @@ impl Runtime {
         let Some(Call { active, state, .. }) = self.drop_call(id) else { return };
         let answer = match state {
             State::Parked { name, parked, asked_by } => {
-                let Some(local) = self.tables.get(Purpose::Enforce) else { return };
-                let given = local.poll_parked(host, &active.rules, parked);
+                let given = self.tables.enforce.poll_parked(host, &active.rules, parked);
                 self.deliver(host, Purpose::Enforce);
                 self.given(host, id, &active, name, asked_by, given)
             }
@@ -120,9 +119,7 @@ impl Runtime {
     /// The stream of a request to the API has ended.
     pub(super) fn call_ended(&mut self, host: &dyn Host, id: ContextId) {
         let Some(Call { active, state: State::Parked { parked, .. }, .. }) = self.drop_call(id) else { return };
-        if let Some(local) = self.tables.get(Purpose::Enforce) {
-            local.leave(host, &active.rules, parked);
-        }
+        self.tables.enforce.leave(host, &active.rules, parked);
         self.deliver(host, Purpose::Enforce);
     }
 
@@ -258,8 +255,7 @@ impl Runtime {
                 told(active, &name, &granted, if new { 201 } else { 200 })
             }
             Ok(Given::Parked(parked)) => {
-                let now = host.now();
-                let due = parked.poll_at().min(now + BACKSTOP).max(now + Duration::from_millis(1));
+                let due = next_look(parked.poll_at(), host.now());
                 let state = State::Parked { name, parked, asked_by };
                 self.keep(id, Call { active: Rc::clone(active), state, timer: Some(due) });
                 return None;

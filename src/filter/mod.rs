@@ -440,9 +440,7 @@ impl Runtime {
         stream.timer = match &stream.state {
             State::Waiting(pending) => {
                 self.leases.insert((stream.case.purpose(), pending.lease()), id);
-                // Never at once: a look that changes nothing must not be followed by the next without end.
-                let now = host.now();
-                Some(pending.poll_at().min(now + BACKSTOP).max(now + Duration::from_millis(1)))
+                Some(next_look(pending.poll_at(), host.now()))
             }
             State::Holding(held) => Some(held.lease.until()),
             State::Over(_) => None,
@@ -450,6 +448,12 @@ impl Runtime {
         self.timers.extend(stream.timer.map(|timer| (timer, id)));
         self.streams.insert(id, stream);
     }
+}
+
+/// When a waiter is looked after that need not be before `poll_at`. Never at once: a look that changes nothing must not be
+/// followed by the next without end.
+fn next_look(poll_at: Time, now: Time) -> Time {
+    poll_at.min(now + BACKSTOP).max(now + Duration::from_millis(1))
 }
 
 /// A request that asked for something, as it came in.

@@ -187,7 +187,7 @@ pub fn get<S: Store>(table: &mut Table, scene: &Scene<'_, S>, lease: LeaseId) ->
 /// # Errors
 /// Those of the store.
 pub fn sweep<S: Store>(table: &mut Table, scene: &Scene<'_, S>, bucket: u32) -> Result<(), StoreError> {
-    let (leases, _) = scene.store.read::<LeaseBucket>(bucket)?;
+    let (mut leases, _) = scene.store.read::<LeaseBucket>(bucket)?;
     for (lease, standing) in leases.leases() {
         match standing {
             Standing::Waiting { driver, deadline, .. } => {
@@ -210,7 +210,7 @@ pub fn sweep<S: Store>(table: &mut Table, scene: &Scene<'_, S>, bucket: u32) -> 
             Standing::Over { .. } => {}
         }
     }
-    if !leases.clone().prune(scene.now) {
+    if !leases.prune(scene.now) {
         return Ok(());
     }
     store::update(scene.store, bucket, |leases: &mut LeaseBucket| Ok(((), Save::from(leases.prune(scene.now)))))
