@@ -91,11 +91,7 @@ pub fn wasm_bindgen_test_runner() -> Result<PathBuf> {
     let by_hand = format!("by hand: cargo install wasm-bindgen-cli --version {version}");
     bring(&format!("wasm-bindgen-{version}"), &format!("bin/{RUNNER}"), |dir| {
         eprintln!("installing wasm-bindgen-cli {version}: this takes some minutes, once");
-        // Not into the target directory of this build: that one may be locked by the Cargo that runs us.
-        let target = tempfile::Builder::new().prefix("wasm-bindgen-").tempdir()?;
-        let mut cargo = cargo();
-        cargo.args(["install", "--quiet", "wasm-bindgen-cli", "--version", &version, "--root"]).arg(dir);
-        run(cargo.current_dir(dir).env("CARGO_TARGET_DIR", target.path()).env_remove("RUSTFLAGS"))
+        cargo_install(dir, &["wasm-bindgen-cli", "--version", &version])
     })
     .context(by_hand)
 }
@@ -112,11 +108,7 @@ pub fn cargo_mutants() -> Result<PathBuf> {
     let by_hand = format!("by hand: cargo install --locked cargo-mutants --version {VERSION}");
     bring(&format!("cargo-mutants-{VERSION}"), "bin/cargo-mutants", |dir| {
         eprintln!("installing cargo-mutants {VERSION}: this takes some minutes, once");
-        // Not into the target directory of this build: that one may be locked by the Cargo that runs us.
-        let target = tempfile::Builder::new().prefix("cargo-mutants-").tempdir()?;
-        let mut cargo = cargo();
-        cargo.args(["install", "--quiet", "--locked", "cargo-mutants", "--version", VERSION, "--root"]).arg(dir);
-        run(cargo.current_dir(dir).env("CARGO_TARGET_DIR", target.path()).env_remove("RUSTFLAGS"))
+        cargo_install(dir, &["--locked", "cargo-mutants", "--version", VERSION])
     })
     .context(by_hand)
 }
@@ -126,14 +118,18 @@ pub fn cargo_fuzz() -> Result<PathBuf> {
     let by_hand = format!("by hand: cargo install cargo-fuzz --version {CARGO_FUZZ_VERSION}");
     bring(&format!("cargo-fuzz-{CARGO_FUZZ_VERSION}"), "bin/cargo-fuzz", |dir| {
         eprintln!("installing cargo-fuzz {CARGO_FUZZ_VERSION}: this takes a minute, once");
-        let target = tempfile::Builder::new().prefix("cargo-fuzz-").tempdir()?;
-        let mut cargo = cargo();
-        cargo
-            .args(["install", "--quiet", "--locked", "cargo-fuzz", "--version", CARGO_FUZZ_VERSION, "--root"])
-            .arg(dir);
-        run(cargo.current_dir(dir).env("CARGO_TARGET_DIR", target.path()).env_remove("RUSTFLAGS"))
+        cargo_install(dir, &["--locked", "cargo-fuzz", "--version", CARGO_FUZZ_VERSION])
     })
     .context(by_hand)
+}
+
+/// `cargo install` of what `which` says into a folder. Not by way of the target directory of this build: that one may be
+/// locked by the Cargo that runs us.
+fn cargo_install(dir: &Path, which: &[&str]) -> Result<()> {
+    let target = tempfile::Builder::new().prefix("cargo-install-").tempdir()?;
+    let mut cargo = cargo();
+    cargo.args(["install", "--quiet"]).args(which).arg("--root").arg(dir);
+    run(cargo.current_dir(dir).env("CARGO_TARGET_DIR", target.path()).env_remove("RUSTFLAGS"))
 }
 
 /// A command that runs `program` with the nightly toolchain of Rust, which rustup brings where it is missing. It also needs
