@@ -1,6 +1,6 @@
 //! Why a request did not get its locks. One variant a cause, each with the slug it becomes.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::fence::Fence;
 use crate::id::OwnerId;
@@ -9,7 +9,7 @@ use crate::name::LockName;
 use crate::time::Duration;
 
 /// One step of a wait-for cycle: `owner` waits for `waits_for`, which `held_by` holds or stands before it for.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Edge {
     /// Who waits.
     pub owner: OwnerId,

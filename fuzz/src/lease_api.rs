@@ -8,7 +8,7 @@ use std::sync::LazyLock;
 
 use interlock::annotation::Wanted;
 use interlock::answer::Reject;
-use interlock::api::body::{self, Broken, BrokenGrant, Conflict, ConflictEdge, Conflicts, Graph, LockView, Locks};
+use interlock::api::body::{self, Broken, BrokenGrant, Conflict, Conflicts, Graph, LockView, Locks};
 use interlock::api::call::{ApiError, LeaseName, Put, Renew};
 use interlock::api::{MAX_BODY, Target, receipt};
 use interlock::backend::local::{Local, Purpose};
@@ -321,7 +321,7 @@ impl<'h, 'a> Authority<'h, 'a> {
     }
 
     fn remember(&self, owner: &OwnerId, beside: &OwnerId, lock: &LockName) {
-        let edge = ConflictEdge { owner: owner.to_string(), waits_for: lock.to_string(), held_by: beside.to_string() };
+        let edge = Edge { owner: owner.clone(), waits_for: lock.clone(), held_by: beside.clone() };
         let conflict = Conflict {
             at_unix_ms: UNIX_MS,
             reason: "deadlock".into(),

@@ -240,20 +240,9 @@ pub struct Conflict {
     /// Who asked: a rule, a workload.
     pub asked_by: String,
     /// The cycle; empty for an order violation.
-    pub cycle: Vec<ConflictEdge>,
+    pub cycle: Vec<Edge>,
     /// The lock that it held already, for an order violation.
     pub held: Option<String>,
-}
-
-/// One edge of a remembered cycle.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ConflictEdge {
-    /// Who waits.
-    pub owner: String,
-    /// For which lock.
-    pub waits_for: String,
-    /// Who has to go first.
-    pub held_by: String,
 }
 
 /// The refusals that are remembered, the newest first.

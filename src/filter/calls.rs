@@ -12,7 +12,7 @@ use interlock_core::{Cause, Duration, Refusal, Request, StoreError, Time};
 use super::respond::Answer;
 use super::{Active, Flow, Runtime, intake, next_look, report};
 use crate::answer::Reject;
-use crate::api::body::{self, Conflict, ConflictEdge};
+use crate::api::body::{self, Conflict};
 use crate::api::call::{LeaseName, Put, Renew};
 use crate::api::{ApiError, MAX_BODY, Target, receipt};
 use crate::backend::local::Purpose;
@@ -133,18 +133,13 @@ impl Runtime {
             Cause::OrderViolation { held } => (&[][..], Some(held.to_string())),
             _ => return,
         };
-        let edge = |edge: &interlock_core::Edge| ConflictEdge {
-            owner: edge.owner.to_string(),
-            waits_for: edge.waits_for.to_string(),
-            held_by: edge.held_by.to_string(),
-        };
         let conflict = Conflict {
             at_unix_ms: host.unix_micros() / 1000,
             reason: refusal.cause.slug().to_owned(),
             owner: refusal.owner.to_string(),
             lock: refusal.lock.to_string(),
             asked_by: asked_by.to_owned(),
-            cycle: cycle.iter().map(edge).collect(),
+            cycle: cycle.to_vec(),
             held,
         };
         self.tables.enforce.remember(host, &conflict);
