@@ -5,7 +5,8 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 
 use interlock::host::{
-    Cas, ContextId, Expected, Headers, Host, HostError, Level, MetricId, MetricKind, QueueId, Reply, Status, Stored,
+    Call, CallToken, Cas, ContextId, Expected, Headers, Host, HostError, Level, MetricId, MetricKind, QueueId, Reply,
+    Status, Stored,
 };
 use interlock_core::{Duration, Time};
 
@@ -208,6 +209,19 @@ impl Host for Bench<'_> {
 
     fn read_metric(&self, _: MetricId) -> Result<u64, HostError> {
         Ok(0)
+    }
+
+    /// There are no other services.
+    fn call(&self, _: &Call<'_>) -> Result<CallToken, HostError> {
+        Err(HostError { call: "call", status: Status::BadArgument })
+    }
+
+    fn answer_header(&self, _: &str) -> Result<Option<Vec<u8>>, HostError> {
+        Err(HostError { call: "answer_header", status: Status::BadArgument })
+    }
+
+    fn answer_body(&self, _: usize) -> Result<Vec<u8>, HostError> {
+        Err(HostError { call: "answer_body", status: Status::BadArgument })
     }
 
     fn set_tick(&self, _: Duration) -> Result<(), HostError> {

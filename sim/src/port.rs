@@ -8,7 +8,8 @@ use std::rc::Rc;
 
 use corosensei::Yielder;
 use interlock::host::{
-    Cas, ContextId, Expected, Headers, Host, HostError, Level, MetricId, MetricKind, QueueId, Reply, Status, Stored,
+    Call, CallToken, Cas, ContextId, Expected, Headers, Host, HostError, Level, MetricId, MetricKind, QueueId, Reply,
+    Status, Stored,
 };
 use interlock_core::session::Sessions;
 use interlock_core::store::{LockBucket, OwnerBucket, Record, Version};
@@ -285,6 +286,18 @@ impl Host for Port<'_> {
 
     fn read_metric(&self, _: MetricId) -> Result<u64, HostError> {
         unimplemented("read_metric")
+    }
+
+    fn call(&self, _: &Call<'_>) -> Result<CallToken, HostError> {
+        unimplemented("call")
+    }
+
+    fn answer_header(&self, _: &str) -> Result<Option<Vec<u8>>, HostError> {
+        unimplemented("answer_header")
+    }
+
+    fn answer_body(&self, _: usize) -> Result<Vec<u8>, HostError> {
+        unimplemented("answer_body")
     }
 
     fn set_tick(&self, _: Duration) -> Result<(), HostError> {

@@ -1,7 +1,8 @@
 //! [`Host`] over the proxy-wasm ABI 0.2.1, as Envoy serves it. The only module that declares or calls a host function.
 //!
 //! The SDK's own wrappers are not used, because they panic on every status that they do not list and on text that is
-//! not UTF-8. Signatures are those of proxy-wasm 0.2.5, `src/hostcalls.rs`, with the status as a plain number, since a
+//! not UTF-8. The one exception is that for calls of other services: the SDK panics as well when an answer comes to a call
+//! that it did not send itself. It lists both statuses that Envoy (1.40) has for such a call. Signatures are those of proxy-wasm 0.2.5, `src/hostcalls.rs`, with the status as a plain number, since a
 //! host may answer numbers that no enum knows. What must not live here: anything that decides.
 #![allow(unsafe_code)]
 
@@ -10,7 +11,8 @@ use core::ptr::{null, null_mut};
 use interlock_core::{Duration, Time};
 
 use super::{
-    Cas, ContextId, Expected, Headers, Host, HostError, Level, MetricId, MetricKind, QueueId, Reply, Status, Stored,
+    Call, CallToken, Cas, ContextId, Expected, Headers, Host, HostError, Level, MetricId, MetricKind, QueueId, Reply,
+    Status, Stored,
 };
 
 /// The ABI. Pointers must be valid for the length that follows them; results go where the `return_` pointers say.
@@ -108,6 +110,10 @@ const fn map_of(headers: Headers) -> u32 {
 
 /// `WasmHeaderMapType::HttpRequestTrailers`.
 const REQUEST_TRAILERS: u32 = 1;
+/// `WasmHeaderMapType::HttpCallResponseHeaders`.
+const ANSWER_HEADERS: u32 = 6;
+/// `WasmBufferType::HttpCallResponseBody`.
+const ANSWER_BODY: u32 = 4;
 /// `WasmBufferType::PluginConfiguration`.
 const PLUGIN_CONFIGURATION: u32 = 7;
 const REQUEST_BODY: u32 = 0;
@@ -188,6 +194,32 @@ fn serialize(pairs: &[(&str, &[u8])]) -> Vec<u8> {
     bytes
 }
 
+/// The first field of that name.
+fn field(call: &'static str, map: u32, name: &str) -> Result<Option<Vec<u8>>, HostError> {
+    let mut got = Returned::none();
+    // SAFETY: `name` and `got` live over the call.
+    let status = unsafe {
+        abi::proxy_get_header_map_value(map, name.as_ptr(), name.len(), &raw mut got.data, &raw mut got.size)
+    };
+    match failure(status) {
+        None => Ok(Some(got.into_vec())),
+        Some(Status::NotFound) => Ok(None),
+        Some(status) => Err(HostError { call, status }),
+    }
+}
+
+/// The beginning of a body, up to `most` bytes.
+fn body(call: &'static str, buffer: u32, most: usize) -> Result<Vec<u8>, HostError> {
+    let mut got = Returned::none();
+    // SAFETY: `got` lives over the call.
+    let status = unsafe { abi::proxy_get_buffer_bytes(buffer, 0, most, &raw mut got.data, &raw mut got.size) };
+    match failure(status) {
+        None => Ok(got.into_vec()),
+        Some(Status::NotFound) => Ok(Vec::new()),
+        Some(status) => Err(HostError { call, status }),
+    }
+}
+
 fn remove(call: &'static str, map: u32, name: &str) -> Result<(), HostError> {
     // SAFETY: `name` lives over the call.
     let status = unsafe { abi::proxy_remove_header_map_value(map, name.as_ptr(), name.len()) };
@@ -234,22 +266,7 @@ impl Host for Envoy {
     }
 
     fn header(&self, headers: Headers, name: &str) -> Result<Option<Vec<u8>>, HostError> {
-        let mut got = Returned::none();
-        // SAFETY: `name` and `got` live over the call.
-        let status = unsafe {
-            abi::proxy_get_header_map_value(
-                map_of(headers),
-                name.as_ptr(),
-                name.len(),
-                &raw mut got.data,
-                &raw mut got.size,
-            )
-        };
-        match failure(status) {
-            None => Ok(Some(got.into_vec())),
-            Some(Status::NotFound) => Ok(None),
-            Some(status) => Err(HostError { call: "header", status }),
-        }
+        field("header", map_of(headers), name)
     }
 
     fn header_list(&self, headers: Headers, name: &str) -> Result<Option<Vec<u8>>, HostError> {
@@ -291,15 +308,7 @@ impl Host for Envoy {
     }
 
     fn request_body(&self, most: usize) -> Result<Vec<u8>, HostError> {
-        let mut got = Returned::none();
-        // SAFETY: `got` lives over the call.
-        let status =
-            unsafe { abi::proxy_get_buffer_bytes(REQUEST_BODY, 0, most, &raw mut got.data, &raw mut got.size) };
-        match failure(status) {
-            None => Ok(got.into_vec()),
-            Some(Status::NotFound) => Ok(Vec::new()),
-            Some(status) => Err(HostError { call: "request_body", status }),
-        }
+        body("request_body", REQUEST_BODY, most)
     }
 
     fn property(&self, path: &[&str]) -> Option<Vec<u8>> {
@@ -429,6 +438,27 @@ impl Host for Envoy {
         // SAFETY: `value` lives over the call.
         check("read_metric", unsafe { abi::proxy_get_metric(metric.0, &raw mut value) })?;
         Ok(value)
+    }
+
+    fn call(&self, call: &Call<'_>) -> Result<CallToken, HostError> {
+        let most = Duration::from_millis(u64::from(u32::MAX));
+        let timeout = call.timeout.clamp(Duration::from_millis(1), most);
+        let body = (!call.body.is_empty()).then_some(call.body);
+        let sent =
+            proxy_wasm::hostcalls::dispatch_http_call(call.cluster, call.headers.to_vec(), body, Vec::new(), timeout);
+        let refused = |status: proxy_wasm::types::Status| {
+            let status = failure(status as u32).unwrap_or(Status::InternalFailure);
+            HostError { call: "call", status }
+        };
+        sent.map(CallToken).map_err(refused)
+    }
+
+    fn answer_header(&self, name: &str) -> Result<Option<Vec<u8>>, HostError> {
+        field("answer_header", ANSWER_HEADERS, name)
+    }
+
+    fn answer_body(&self, most: usize) -> Result<Vec<u8>, HostError> {
+        body("answer_body", ANSWER_BODY, most)
     }
 
     fn set_tick(&self, period: Duration) -> Result<(), HostError> {

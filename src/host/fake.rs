@@ -6,6 +6,7 @@
 //! of a particular test.
 #![allow(dead_code, reason = "not every test needs every part of a proxy")]
 
+mod callouts;
 mod calls;
 mod faults;
 mod tests;
@@ -16,6 +17,9 @@ use std::rc::Rc;
 
 use interlock_core::{Duration, Time};
 
+pub(crate) use callouts::CallAnswer;
+
+use callouts::Callouts;
 use faults::Faults;
 
 use super::{ContextId, Headers, HostError, Level, MetricId, MetricKind, QueueId, Status};
@@ -87,6 +91,7 @@ impl FakeProxy {
             root: Cell::new(0),
             ticks: RefCell::default(),
             node: RefCell::default(),
+            callouts: RefCell::default(),
         }
     }
 
@@ -216,6 +221,9 @@ pub(crate) struct Calls {
     pub(crate) metric_updates: u32,
     pub(crate) ticks_set: u32,
     pub(crate) enters: u32,
+    /// Calls of other services.
+    pub(crate) callouts: u32,
+    pub(crate) answer_reads: u32,
     pub(crate) logs: u32,
 }
 
@@ -243,6 +251,7 @@ pub(crate) struct FakeHost {
     /// Each root's timer: its period, and when it is due next.
     ticks: RefCell<BTreeMap<u32, (Duration, Time)>>,
     node: RefCell<BTreeMap<String, Vec<u8>>>,
+    callouts: RefCell<Callouts>,
 }
 
 fn values<'a>(fields: &'a [(String, Vec<u8>)], name: &str) -> Vec<&'a [u8]> {
@@ -366,9 +375,10 @@ impl FakeHost {
         self.root.set(root);
     }
 
-    /// The root is gone, and its timer with it.
+    /// The root is gone, its timer and its calls with it.
     pub(crate) fn drop_root(&self, root: u32) {
         self.ticks.borrow_mut().remove(&root);
+        self.cancel_calls(root);
     }
 
     /// The period of the ticks that this root asked for.

@@ -37,6 +37,23 @@ pub struct QueueId(pub u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct MetricId(pub u32);
 
+/// A call of another service that was sent. Unique in this VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct CallToken(pub u32);
+
+/// A call of another service, over HTTP.
+#[derive(Clone, Copy, Debug)]
+pub struct Call<'a> {
+    /// The cluster that it goes to, as Envoy's configuration names it.
+    pub cluster: &'a str,
+    /// Its headers, with `:method`, `:path` and `:authority`.
+    pub headers: &'a [(&'a str, &'a str)],
+    /// Its body.
+    pub body: &'a [u8],
+    /// When the host gives it up; raised to a millisecond, since 0 would mean never.
+    pub timeout: Duration,
+}
+
 /// The version of a shared value. Changes with every write; never 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Cas(pub u32);
@@ -309,6 +326,28 @@ pub trait Host {
     /// # Errors
     /// `NotFound` for an unknown metric, `BadArgument` for a histogram.
     fn read_metric(&self, metric: MetricId) -> Result<u64, HostError>;
+
+    /// Sends a call to another service. Its answer comes to the context whose callback runs now, a root or a stream, and is
+    /// then read with [`Host::answer_header`] and [`Host::answer_body`]. A stream that has gone meanwhile is told nothing,
+    /// and the call goes on; a call of a root that goes is cancelled, and nobody is told.
+    ///
+    /// # Errors
+    /// `BadArgument` for a cluster that is not there or a missing header; `InternalFailure` where the call ended at once: the
+    /// cluster has no healthy host, or its circuit breaker is open. No answer comes then.
+    fn call(&self, call: &Call<'_>) -> Result<CallToken, HostError>;
+
+    /// The value of the first field of that name of the answer to a call; none where it is absent. Only in the callback for
+    /// that answer.
+    ///
+    /// # Errors
+    /// `BadArgument` outside of it, or where the answer has no headers at all, because it was cut or is over the host's limit.
+    fn answer_header(&self, name: &str) -> Result<Option<Vec<u8>>, HostError>;
+
+    /// Up to `most` bytes of the body of the answer to a call; none outside the callback for that answer.
+    ///
+    /// # Errors
+    /// What the host says of it.
+    fn answer_body(&self, most: usize) -> Result<Vec<u8>, HostError>;
 
     /// Asks for ticks of the root of the effective context, one this span after the last; rounded up to whole
     /// milliseconds, at least one. A new call replaces the running timer: the next tick is this span from now.

@@ -24,11 +24,13 @@ fn total(calls: &Calls) -> u32 {
         metric_updates,
         ticks_set,
         enters,
+        callouts,
+        answer_reads,
         logs,
     } = *calls;
     let headers = header_reads + header_writes + property_reads;
     let shared = shared_reads + shared_writes + enqueues + dequeues;
-    headers + shared + metric_definitions + metric_updates + ticks_set + enters + logs
+    headers + shared + callouts + answer_reads + metric_definitions + metric_updates + ticks_set + enters + logs
 }
 
 fn row(what: &str, calls: &Calls) {

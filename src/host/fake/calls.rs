@@ -4,9 +4,10 @@ use std::collections::VecDeque;
 
 use interlock_core::{Duration, Time};
 
-use super::{FakeHost, FakeQueue, Metric, Phase, SentReply};
+use super::{FakeHost, FakeQueue, Metric, Phase, SentReply, values};
 use crate::host::{
-    Cas, ContextId, Expected, Headers, Host, HostError, Level, MetricId, MetricKind, QueueId, Reply, Status, Stored,
+    Call, CallToken, Cas, ContextId, Expected, Headers, Host, HostError, Level, MetricId, MetricKind, QueueId, Reply,
+    Status, Stored,
 };
 
 impl Host for FakeHost {
@@ -233,6 +234,27 @@ impl Host for FakeHost {
         self.with_metric("read_metric", metric, |metric| {
             (metric.kind != MetricKind::Histogram).then_some(metric.value.cast_unsigned())
         })
+    }
+
+    fn call(&self, call: &Call<'_>) -> Result<CallToken, HostError> {
+        self.count(|calls| calls.callouts += 1);
+        self.fault("call")?;
+        Ok(self.send_call(call))
+    }
+
+    fn answer_header(&self, name: &str) -> Result<Option<Vec<u8>>, HostError> {
+        self.count(|calls| calls.answer_reads += 1);
+        self.fault("answer_header")?;
+        let first = |fields: &Vec<_>| values(fields, name).first().map(|value| value.to_vec());
+        let found = self.of_answer(|answer| answer.headers.as_ref().map(first)).flatten();
+        found.ok_or(HostError { call: "answer_header", status: Status::BadArgument })
+    }
+
+    fn answer_body(&self, most: usize) -> Result<Vec<u8>, HostError> {
+        self.count(|calls| calls.answer_reads += 1);
+        self.fault("answer_body")?;
+        let body = self.of_answer(|answer| answer.body.get(..most).unwrap_or(&answer.body).to_vec());
+        Ok(body.unwrap_or_default())
     }
 
     fn set_tick(&self, period: Duration) -> Result<(), HostError> {

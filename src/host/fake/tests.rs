@@ -2,8 +2,8 @@
 
 use interlock_core::Duration;
 
-use super::{Calls, FakeProxy};
-use crate::host::{Cas, Expected, Headers, Host, QueueId, Status, Stored};
+use super::{CallAnswer, Calls, FakeProxy};
+use crate::host::{Call, Cas, Expected, Headers, Host, QueueId, Status, Stored};
 
 #[test]
 fn versions_are_checked_as_envoy_does() {
@@ -77,4 +77,40 @@ fn clocks_are_independent_and_calls_fail_on_demand() {
     host.conflict_next(1);
     assert_eq!(host.shared_set("k", b"", Expected::Absent), Ok(Stored::Conflict));
     assert_eq!(host.shared_set("k", b"", Expected::Absent), Ok(Stored::Yes));
+}
+
+#[test]
+fn answers_go_to_whoever_called_and_to_nobody_else() {
+    let host = FakeProxy::new().host();
+    let call = Call {
+        cluster: "c",
+        headers: &[(":method", "PUT"), (":path", "/"), (":authority", "c")],
+        body: b"ask",
+        timeout: Duration::from_secs(1),
+    };
+    let of_root = host.call(&call).unwrap();
+    let stream = host.open(3, &[]);
+    let of_stream = host.call(&call).unwrap();
+    let late = host.call(&call).unwrap();
+    assert_eq!(
+        host.open_calls().iter().map(|call| call.stream).collect::<Vec<_>>(),
+        [None, Some(stream), Some(stream)]
+    );
+    assert!(host.answer_header(":status").is_err(), "there is no answer yet");
+    let told = host.answer_call(of_stream, CallAnswer::new(201, b"0123456789").with("x", "y")).unwrap();
+    assert_eq!((told.token, told.target()), (of_stream, ("PUT", "/")));
+    assert_eq!(host.answer_header(":status"), Ok(Some(b"201".to_vec())));
+    assert_eq!(host.answer_header("retry-after"), Ok(None));
+    assert_eq!(host.answer_body(4), Ok(b"0123".to_vec()));
+    host.answered_call();
+    assert_eq!(host.answer_body(4), Ok(Vec::new()));
+    assert_eq!(host.answer_call(of_stream, CallAnswer::new(200, b"")), None, "answered before");
+    assert!(host.answer_call(of_root, CallAnswer::default()).is_some());
+    assert!(host.answer_header(":status").is_err(), "an answer that was cut");
+    host.answered_call();
+    host.close(stream);
+    assert_eq!(host.answer_call(late, CallAnswer::new(200, b"")), None, "the stream has gone");
+    assert_eq!(host.open_calls(), []);
+    host.fail_next("call", 1, Status::InternalFailure);
+    assert!(host.call(&call).is_err());
 }
