@@ -203,13 +203,14 @@ impl Runtime {
     ) -> Option<Answer> {
         let Put { owner, wanted, receipt } = put;
         let policy = &active.policy;
-        let caller = || intake::principal(host);
-        let wants = match intake::wants(policy, wanted, Duration::MAX, &owner, caller) {
+        let caller = intake::principal(host);
+        let asked_by = caller
+            .as_ref()
+            .map_or_else(|| String::from("lease api"), |caller| String::from_utf8_lossy(caller).into_owned());
+        let wants = match intake::wants(policy, wanted, Duration::MAX, &owner, || caller.clone()) {
             Ok(wants) => wants,
-            Err(reject) => return Some(self.refused(host, active, &reject, "lease api")),
+            Err(reject) => return Some(self.refused(host, active, &reject, &asked_by)),
         };
-        let asked_by =
-            caller().map_or_else(|| String::from("lease api"), |caller| String::from_utf8_lossy(&caller).into_owned());
         let opened = match receipt {
             None => None,
             Some(text) => match receipt::open(&policy.keys, &text) {
