@@ -19,6 +19,7 @@ mod hostile;
 mod leased;
 mod leases;
 mod matching;
+mod mtls;
 mod reentry;
 mod refusals;
 mod reload;
