@@ -2,10 +2,13 @@
 //!
 //! Reads as little as it can: every header costs a call of the host. Nothing is locked, answered or removed here.
 
+use std::cell::OnceCell;
+
 use interlock_core::{Cause, Duration, Limit, LockName, OwnerId, Refusal, Want};
 
 use crate::annotation::{self, Wanted, owner, timeout};
 use crate::answer::Reject;
+use crate::backend::local::Purpose;
 use crate::host::{Headers, Host};
 use crate::policy::{Enforcement, HeaderAnnotations, Lookup, OnLeaseLost, OnUnavailable, Policy, RouteAnnotations};
 
@@ -15,8 +18,8 @@ const ROUTE_LOCKS: [&str; 5] = ["xds", "route_metadata", "filter_metadata", "int
 /// What the filter is to do for a request, beside asking for its locks.
 #[derive(Clone, Debug)]
 pub struct Terms {
-    /// Whether decisions count, or are only watched. Never [`Enforcement::Off`].
-    pub enforcement: Enforcement,
+    /// Whether decisions count, or are only watched.
+    pub purpose: Purpose,
     /// What becomes of it when its lease is lost.
     pub on_lease_lost: OnLeaseLost,
     /// What becomes of it when the backend fails.
@@ -82,17 +85,23 @@ pub fn read(host: &dyn Host, policy: &Policy) -> Intake {
         return Intake::Nothing;
     }
     let rule = matched.as_ref().map(|matched| matched.rule);
-    let enforcement = rule.map_or(policy.enforcement, |rule| rule.enforcement);
-    if enforcement == Enforcement::Off {
-        return Intake::Nothing;
-    }
+    let owner = OnceCell::new();
+    let owner = || owner.get_or_init(|| self::owner(host, policy)).as_ref();
+    let purpose = match rule.map_or(policy.enforcement, |rule| rule.enforcement) {
+        Enforcement::Off => return Intake::Nothing,
+        Enforcement::Enforce => Purpose::Enforce,
+        Enforcement::Audit => Purpose::Audit,
+        // Who names no owner is in no share. That is refused by itself, so it must not begin before all are enforced.
+        Enforcement::Partly(share) if owner().is_some_and(|owner| share.has(owner)) => Purpose::Enforce,
+        Enforcement::Partly(_) => Purpose::Audit,
+    };
     let asked_by = match (rule, &on_route) {
         (Some(rule), _) => rule.name.clone(),
         (None, Some(_)) => String::from("route metadata"),
         (None, None) => String::from("lock header"),
     };
     let terms = Terms {
-        enforcement,
+        purpose,
         on_lease_lost: rule.map_or(OnLeaseLost::Abort, |rule| rule.on_lease_lost),
         on_backend_unavailable: rule.map_or(policy.on_backend_unavailable, |rule| rule.on_backend_unavailable),
         asked_by,
@@ -116,7 +125,7 @@ pub fn read(host: &dyn Host, policy: &Policy) -> Intake {
             Err(error) => return malformed(terms, format!("{place}: {error}")),
         }
     }
-    let Some(owner) = owner(host, policy) else {
+    let Some(owner) = owner().cloned() else {
         return Intake::Reject(terms, Reject::OwnerMissing { sources: policy.owner_from.clone() });
     };
     match wants(policy, wanted, deadline(terms.grpc, header), &owner, principal) {

@@ -25,7 +25,7 @@ use crate::answer::Reject;
 use crate::answer::headers::FenceMember;
 use crate::backend::local::{Local, Purpose};
 use crate::host::{ContextId, Headers, Host, HostError};
-use crate::policy::{Enforcement, HeaderAnnotations, OnUnavailable, Policy, Reentrancy};
+use crate::policy::{HeaderAnnotations, OnUnavailable, Policy, Reentrancy};
 use crate::telemetry::Telemetry;
 use calls::Call;
 use intake::{Asked, Intake, Terms};
@@ -62,8 +62,7 @@ impl Active {
         let grace = if policy.api.is_some() { policy.limits.max_ttl } else { Duration::ZERO };
         let rules = Rules { classes: policy.classes.clone(), limits, grace };
         let telemetry = Telemetry::new(policy.classes.names().map(str::to_owned), &policy.instance);
-        let audits = policy.enforcement == Enforcement::Audit
-            || policy.rules.iter().any(|rule| rule.enforcement == Enforcement::Audit);
+        let audits = policy.enforcement.audits() || policy.rules.iter().any(|rule| rule.enforcement.audits());
         Active { off: intake::is_off(&policy), audits, policy, rules, telemetry }
     }
 }

@@ -10,7 +10,6 @@ use crate::answer::Reject;
 use crate::answer::headers::FenceMember;
 use crate::backend::local::Purpose;
 use crate::host::Host;
-use crate::policy::Enforcement;
 
 /// What a stream is doing. There is one state at a time, and the ways out take what it carries with them: nothing is
 /// released twice.
@@ -68,10 +67,7 @@ pub struct Case {
 impl Case {
     /// Which table it is in.
     pub fn purpose(&self) -> Purpose {
-        match self.terms.enforcement {
-            Enforcement::Enforce => Purpose::Enforce,
-            Enforcement::Audit | Enforcement::Off => Purpose::Audit,
-        }
+        self.terms.purpose
     }
 
     /// Finds out the name of its route, for people to read. Its stream must be the effective one.

@@ -11,6 +11,7 @@ mod parse_rules;
 mod path;
 mod reader;
 mod rules;
+mod share;
 mod template;
 #[cfg(test)]
 mod tests;
@@ -28,6 +29,7 @@ pub use duration::{LONGEST, parse as parse_duration, spell as spell_duration};
 pub use keys::{BadSignature, Keys};
 pub use reader::PolicyError;
 pub use rules::{Lookup, Match, Rule, RuleLock, Rules};
+pub use share::Share;
 pub use template::{FillError, Source, Template};
 
 use crate::annotation::Wanted;
@@ -41,10 +43,19 @@ pub const MIN_TTL: Duration = Duration::from_millis(100);
 pub enum Enforcement {
     /// Requests wait and are refused.
     Enforce,
+    /// Requests of these owners wait and are refused; decisions about all others only are made, as under audit.
+    Partly(Share),
     /// Decisions are made on a shadow table, counted, and change nothing.
     Audit,
     /// Nothing happens.
     Off,
+}
+
+impl Enforcement {
+    /// Whether there are requests whose decisions are made on the shadow table.
+    pub fn audits(self) -> bool {
+        matches!(self, Enforcement::Audit | Enforcement::Partly(_))
+    }
 }
 
 /// Which requests re-enter a lock that their owner holds.

@@ -7,15 +7,12 @@ use interlock_core::{Class, Classes, LockName, Mode, Rank, Within};
 
 use super::duration::{LONGEST, spell};
 use super::reader::{Object, PolicyError, Reader, hint, list, quote};
+use super::share::{self, Percentage};
 use super::{
     Annotations, Api, Backend, Defaults, Enforcement, HeaderAnnotations, Keys, Limits, MIN_TTL, OnUnavailable, Policy,
     Reentrancy, RouteAnnotations, parse_rules, wire,
 };
 use crate::annotation::owner::OwnerSource;
-
-/// The words for [`Enforcement`].
-pub(super) const ENFORCEMENT: [(&str, Enforcement); 3] =
-    [("enforce", Enforcement::Enforce), ("audit", Enforcement::Audit), ("off", Enforcement::Off)];
 
 /// The words for [`OnUnavailable`].
 pub(super) const ON_UNAVAILABLE: [(&str, OnUnavailable); 2] =
@@ -45,7 +42,7 @@ pub(super) fn policy(configuration: &[u8], env: &dyn Fn(&str) -> Option<String>)
         return Err(object.error_at("guard", "this build cannot do that yet; leave the field out"));
     }
     let instance = object.read("instance", |at| at.identifier().map(str::to_owned))?;
-    let enforcement = object.read("enforcement", |at| at.word("an enforcement", &ENFORCEMENT))?;
+    let enforcement = object.read("enforcement", enforcement_of)?;
     let owner_from = object.read("owner", owner)?;
     let backend = object.read("backend", backend)?;
     let on_backend_unavailable =
@@ -78,6 +75,27 @@ pub(super) fn policy(configuration: &[u8], env: &dyn Fn(&str) -> Option<String>)
         policy.rules = rules;
     }
     Ok(policy)
+}
+
+/// A word, or the share of owners that is enforced while all others are audited: `{ enforce: 10% }`.
+pub(super) fn enforcement_of(at: Reader<'_>) -> Result<Enforcement, PolicyError> {
+    const WORDS: [(&str, Enforcement); 3] =
+        [("enforce", Enforcement::Enforce), ("audit", Enforcement::Audit), ("off", Enforcement::Off)];
+    if !at.is_object() {
+        let text = at.text()?;
+        if text.contains('%') {
+            let problem = "is not an enforcement; write the share of owners as { enforce: 10% }";
+            return Err(at.error(format!("{} {problem}", quote(text))));
+        }
+        return at.word("an enforcement", &WORDS);
+    }
+    let place = at.object(&["enforce"])?.require("enforce")?;
+    let text = place.text_like("a percentage, such as \"10%\"")?;
+    match share::parse(text).map_err(|problem| place.error(format!("{} {problem}", quote(text))))? {
+        Percentage::All => Ok(Enforcement::Enforce),
+        Percentage::Some(share) => Ok(Enforcement::Partly(share)),
+        Percentage::None => Ok(Enforcement::Audit),
+    }
 }
 
 fn owner(at: Reader<'_>) -> Result<Vec<OwnerSource>, PolicyError> {

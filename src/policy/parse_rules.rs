@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use interlock_core::Mode;
 
-use super::parse::{ENFORCEMENT, ON_UNAVAILABLE, hold_below_ttl, ttl, wait};
+use super::parse::{ON_UNAVAILABLE, enforcement_of, hold_below_ttl, ttl, wait};
 use super::path::Pattern;
 use super::reader::{Object, PolicyError, Reader, quote};
 use super::rules::{Condition, RuleLock, RuleTerms};
@@ -51,7 +51,7 @@ pub(super) fn rules(at: &Reader<'_>, policy: &Policy) -> Result<Rules, PolicyErr
 
 fn rule(name: &str, object: &Object<'_>, policy: &Policy) -> Result<Rule, PolicyError> {
     let lost = [("abort", OnLeaseLost::Abort), ("continue", OnLeaseLost::Continue)];
-    let enforcement = object.read("enforcement", |at| at.word("an enforcement", &ENFORCEMENT))?;
+    let enforcement = object.read("enforcement", enforcement_of)?;
     let on_lease_lost = object.read("on_lease_lost", |at| at.word("an answer to a lost lease", &lost))?;
     let away = "an answer to a backend that is away";
     let on_backend_unavailable = object.read("on_backend_unavailable", |at| at.word(away, &ON_UNAVAILABLE))?;

@@ -142,7 +142,16 @@ impl<'a> Reader<'a> {
     }
 
     pub(super) fn text(&self) -> Result<&'a str, PolicyError> {
-        self.value.as_str().ok_or_else(|| self.wrong_type("a string"))
+        self.text_like("a string")
+    }
+
+    /// A text of a kind: `fix` says what to write where it is none.
+    pub(super) fn text_like(&self, fix: &str) -> Result<&'a str, PolicyError> {
+        self.value.as_str().ok_or_else(|| self.wrong_type(fix))
+    }
+
+    pub(super) fn is_object(&self) -> bool {
+        self.value.is_object()
     }
 
     pub(super) fn is_null(&self) -> bool {
@@ -168,7 +177,7 @@ impl<'a> Reader<'a> {
 
     pub(super) fn duration(&self) -> Result<Duration, PolicyError> {
         let fix = "a duration with its unit, such as \"2s\" or \"250ms\"";
-        let text = self.value.as_str().ok_or_else(|| self.wrong_type(fix))?;
+        let text = self.text_like(fix)?;
         duration::parse(text).map_err(|problem| self.error(format!("{} {problem}", quote(text))))
     }
 

@@ -51,7 +51,7 @@ pub struct Rule {
     pub name: String,
     /// What it locks.
     pub locks: Vec<RuleLock>,
-    /// Whether it acts, only watches, or neither: its own word, else the policy's.
+    /// Whether it acts, for whom, only watches, or neither: its own word, else the policy's.
     pub enforcement: Enforcement,
     /// What becomes of a request whose lease is lost.
     pub on_lease_lost: OnLeaseLost,

@@ -203,10 +203,55 @@ fn fields_are_refused_by_name() {
         "enforcement: \"enforced\" is not an enforcement; did you mean \"enforce\"?",
     );
     refused(&json!({ "enforcement": "no" }), "enforcement: \"no\" is not an enforcement; use enforce, audit or off");
+    refused(
+        &json!({ "enforcement": "enforce: 10%" }),
+        "enforcement: \"enforce: 10%\" is not an enforcement; write the share of owners as { enforce: 10% }",
+    );
+    refused(&json!({ "enforcement": 7 }), "enforcement: is a number; write a string");
+    refused(&json!({ "enforcement": {} }), "enforcement.enforce: is missing; it has no default");
+    refused(
+        &json!({ "enforcement": { "audit": "10%" } }),
+        "enforcement.audit: there is no such field; the fields here are enforce",
+    );
+    refused(
+        &json!({ "enforcement": { "enforce": 10 } }),
+        "enforcement.enforce: is a number; write a percentage, such as \"10%\"",
+    );
+    refused(
+        &json!({ "enforcement": { "enforce": "110%" } }),
+        "enforcement.enforce: \"110%\" is more than all owners; a percentage is at most \"100%\"",
+    );
     refused(&json!({ "guard": [] }), "guard: this build cannot do that yet; leave the field out");
     refused(
         &json!({ "on_backend_unavailable": "alow" }),
         "on_backend_unavailable: \"alow\" is not an answer to a backend that is away; did you mean \"allow\"?",
+    );
+}
+
+#[test]
+fn a_share_of_the_owners_may_be_enforced() {
+    let enforcement = |said: Value| parse(&json!({ "enforcement": said })).unwrap().enforcement;
+    for (percentage, is) in [("0%", Enforcement::Audit), ("0.00%", Enforcement::Audit), ("100%", Enforcement::Enforce)]
+    {
+        assert_eq!(enforcement(json!({ "enforce": percentage })), is, "{percentage}");
+    }
+    let some = enforcement(json!({ "enforce": "12.5%" }));
+    assert!(matches!(some, Enforcement::Partly(_)), "{some:?}");
+    assert_eq!(some, enforcement(json!({ "enforce": "12.50%" })));
+    assert_ne!(some, enforcement(json!({ "enforce": "12.51%" })));
+    let rule = |enforcement: Value| {
+        let rule =
+            json!({ "name": "r", "match": { "path": "/r" }, "locks": [{ "name": "a" }], "enforcement": enforcement });
+        parse(&json!({ "enforcement": { "enforce": "12.5%" }, "rules": [rule] }))
+    };
+    let of_rule = |said| rule(said).unwrap().rules.iter().next().unwrap().enforcement;
+    assert_eq!(of_rule(json!("off")), Enforcement::Off);
+    assert!(of_rule(json!({ "enforce": "99%" })) != some);
+    let none = json!({ "enforcement": { "enforce": "12.5%" }, "rules": [{ "name": "r", "match": { "path": "/r" }, "locks": [{ "name": "a" }] }] });
+    assert_eq!(parse(&none).unwrap().rules.iter().next().unwrap().enforcement, some, "the policy's");
+    assert_eq!(
+        rule(json!({ "enforce": "ten" })).map(|_| ()).unwrap_err(),
+        "rules[0].enforcement.enforce: \"ten\" is not a percentage; write a number and %, such as \"10%\" or \"0.5%\""
     );
 }
 

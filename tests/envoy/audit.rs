@@ -1,8 +1,10 @@
-//! `enforcement: audit` and `off`: what is decided without anyone noticing, and what is not decided at all.
+//! `enforcement` by share, `audit` and `off`: what is decided without anyone noticing, and what is not decided at all.
 
+use interlock::policy::{Enforcement, Policy};
+use interlock_core::OwnerId;
 use interlock_testkit::client::Ask;
 use interlock_testkit::{Answer, wait_for_async};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::common::{DEADLINE, Lane, Plan, Stage, reloads, run, waited};
 
@@ -31,9 +33,21 @@ static STAGE: Stage = Stage::new(|| {
         ("strict", Plan::new(strict)),
         ("lenient", Plan::new(lenient)),
         ("unwatched", Plan::new(unwatched)),
+        ("partly", Plan::new(partly())),
         ("off", Plan::new(json!({ "enforcement": "off" })).bare()),
     ]
 });
+
+fn partly() -> Value {
+    json!({ "enforcement": { "enforce": "25%" }, "classes": [{ "name": "part" }] })
+}
+
+/// The numbers of owners that this build takes for part of the share of [`partly`], and of others.
+fn owners_in_and_out() -> (Vec<u128>, Vec<u128>) {
+    let policy = Policy::parse(partly().to_string().as_bytes(), &|_| None).unwrap();
+    let Enforcement::Partly(share) = policy.enforcement else { panic!("{:?}", policy.enforcement) };
+    (1..=40).partition(|number: &u128| share.has(&OwnerId::new(&format!("{number:032x}")).unwrap()))
+}
 
 /// What the caller of an audited request is told: the member of `lock-status`, and nothing else.
 fn status_of(answer: &Answer) -> String {
@@ -173,6 +187,36 @@ fn a_rule_may_be_off() {
         assert_eq!(passed.status, 200);
         assert_eq!(passed.header("lock-status"), None);
         assert_eq!(holder.release().await.status, 200);
+        lane.quiet().await;
+    });
+}
+
+/// The plugin in Envoy decides about each owner as this build does, on every worker.
+#[test]
+fn a_share_of_the_owners_is_enforced() {
+    run(async {
+        let lane = STAGE.lane("partly").await;
+        let (inside, outside) = owners_in_and_out();
+        assert!(inside.len() >= 2 && outside.len() >= 2, "{inside:?}");
+        let first = lane.hold(inside[0], "/enforced", "part/1").await;
+        assert!(first.seen.header("lock-fence").is_some());
+        let watched = lane.hold(outside[0], "/watched", "part/1").await;
+        assert_eq!(watched.seen.header("lock-fence"), None);
+        for worker in [0, 1] {
+            let client = lane.client_on(worker).await;
+            for owner in inside.iter().skip(1).chain(outside.iter().skip(1)) {
+                let ask = client.get(lane.url("/ask")).trace(*owner).header("lock", "part/1;wait=0");
+                let answer = ask.send().await.unwrap();
+                if inside.contains(owner) {
+                    assert_eq!(answer.status, 423, "{owner} on worker {worker}: {}", answer.text());
+                } else {
+                    let status = status_of(&answer);
+                    assert_eq!(status, "partly;outcome=audit;reason=lock-held;lock=\"part/1\"", "{owner} on {worker}");
+                }
+            }
+        }
+        waited(&status_of(&watched.release().await), "partly;outcome=audit");
+        waited(&first.release().await.joined("lock-status"), "partly;outcome=acquired");
         lane.quiet().await;
     });
 }

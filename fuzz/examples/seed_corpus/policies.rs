@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use crate::{Seeds, pages};
 
 /// Fields with what can stand in them, right and wrong.
-const FIELDS: [&str; 84] = [
+const FIELDS: [&str; 87] = [
     r#"{}"#,
     r#"{"instance":"orders"}"#,
     r#"{"instance":""}"#,
@@ -18,6 +18,9 @@ const FIELDS: [&str; 84] = [
     r#"{"enforcement":"audit"}"#,
     r#"{"enforcement":"of"}"#,
     r#"{"enforcement":null}"#,
+    r#"{"enforcement":{"enforce":"10%"}}"#,
+    r#"{"enforcement":{"enforce":"0.05%"}}"#,
+    r#"{"enforcement":{"enforce":10}}"#,
     r#"{"owner":{"from":["traceparent","x-request-id","lock-owner","baggage"]}}"#,
     r#"{"owner":{"from":[]}}"#,
     r#"{"owner":{"from":["traceparent","traceparent"]}}"#,

@@ -275,3 +275,12 @@ fn a_failing_backend_makes_nobody_hurry() {
     proxy.end(parked);
     proxy.assert_rest(super::TABLE);
 }
+
+#[test]
+fn a_share_of_the_owners_costs_no_call_of_its_own() {
+    let mut partly = plain();
+    partly["enforcement"] = json!({ "enforce": "99.99%" });
+    for (path, lock) in [("/other", ""), ("/other", "a/1")] {
+        assert_eq!(total(&cost(&partly, path, lock)), total(&cost(&plain(), path, lock)), "{lock:?}");
+    }
+}

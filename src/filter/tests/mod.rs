@@ -8,6 +8,7 @@ mod life;
 mod liveness;
 mod proxy;
 mod queues;
+mod share;
 mod storm;
 
 use interlock_core::Duration;
