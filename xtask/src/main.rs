@@ -5,6 +5,7 @@ mod demo;
 mod fuzz;
 mod lint;
 mod mutants;
+mod oci;
 mod sim;
 mod soak;
 mod test;
@@ -46,6 +47,8 @@ enum Task {
     Mutants(mutants::MutantsArgs),
     /// Fuzz what reads bytes from outside, with libFuzzer
     Fuzz(fuzz::FuzzArgs),
+    /// Pack the plugin as the image that Istio loads: an OCI image layout in dist/oci
+    Oci(oci::OciArgs),
     /// Check format, lints and docs, for every target
     Lint,
     /// Build the plugin: dist/interlock.wasm, and dist/interlock-faults.wasm for tests
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
         Task::Soak(args) => soak::run(args),
         Task::Mutants(args) => mutants::run(&args),
         Task::Fuzz(args) => fuzz::run(&args),
+        Task::Oci(args) => oci::run(&args),
         Task::Lint => lint::run(),
         Task::Wasm(args) => wasm::run(&args),
     };
