@@ -81,6 +81,10 @@ pub(super) fn policy(configuration: &[u8], env: &dyn Fn(&str) -> Option<String>)
 pub(super) fn enforcement_of(at: Reader<'_>) -> Result<Enforcement, PolicyError> {
     const WORDS: [(&str, Enforcement); 3] =
         [("enforce", Enforcement::Enforce), ("audit", Enforcement::Audit), ("off", Enforcement::Off)];
+    // Envoy and Kubernetes read YAML 1.1, where a bare `off` is false. A kill switch must not be refused for that.
+    if at.is_false() {
+        return Ok(Enforcement::Off);
+    }
     if !at.is_object() {
         let text = at.text()?;
         if text.contains('%') {

@@ -154,6 +154,10 @@ impl<'a> Reader<'a> {
         self.value.is_object()
     }
 
+    pub(super) fn is_false(&self) -> bool {
+        self.value == &Value::Bool(false)
+    }
+
     pub(super) fn is_null(&self) -> bool {
         self.value.is_null()
     }

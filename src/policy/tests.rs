@@ -207,6 +207,8 @@ fn fields_are_refused_by_name() {
         &json!({ "enforcement": "enforce: 10%" }),
         "enforcement: \"enforce: 10%\" is not an enforcement; write the share of owners as { enforce: 10% }",
     );
+    assert_eq!(parse(&json!({ "enforcement": false })).unwrap().enforcement, Enforcement::Off, "off, in YAML 1.1");
+    refused(&json!({ "enforcement": true }), "enforcement: is a boolean; write a string");
     refused(&json!({ "enforcement": 7 }), "enforcement: is a number; write a string");
     refused(&json!({ "enforcement": {} }), "enforcement.enforce: is missing; it has no default");
     refused(
