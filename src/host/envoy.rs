@@ -246,7 +246,10 @@ impl Host for Envoy {
         let mut nanos: u64 = 0;
         // SAFETY: `nanos` lives over the call.
         let _always_ok = unsafe { abi::proxy_get_current_time_nanoseconds(&raw mut nanos) };
-        nanos / 1000
+        #[cfg(feature = "fault-injection")]
+        return crate::fault::clock(nanos / 1000);
+        #[cfg(not(feature = "fault-injection"))]
+        return nanos / 1000;
     }
 
     fn random(&self) -> Result<u128, HostError> {

@@ -9,6 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -333,6 +334,16 @@ impl Envoy {
         .await?;
         ended.1.context("cannot end Envoy")?;
         Ok(ended.0.logs())
+    }
+
+    /// Stops the process where it stands (SIGSTOP): nothing runs in it any more, and all its connections stay open.
+    pub fn freeze(&mut self) -> Result<()> {
+        process::signal(&mut self.child, Signal::SIGSTOP).context("cannot stop Envoy")
+    }
+
+    /// Lets a frozen process go on (SIGCONT).
+    pub fn thaw(&mut self) -> Result<()> {
+        process::signal(&mut self.child, Signal::SIGCONT).context("cannot let Envoy go on")
     }
 
     /// Kills Envoy where it stands: it says goodbye to nobody.

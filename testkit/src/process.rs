@@ -55,7 +55,8 @@ pub fn terminate(child: &mut Child, patience: Duration) -> io::Result<ExitStatus
     child.wait()
 }
 
-fn signal(child: &mut Child, signal: Signal) -> io::Result<()> {
+/// Sends `child` a signal, if it has not ended.
+pub fn signal(child: &mut Child, signal: Signal) -> io::Result<()> {
     // Not reaped yet, so the id is still this child's: no other process can be hit.
     if child.try_wait()?.is_none() {
         let id = i32::try_from(child.id()).map_err(io::Error::other)?;

@@ -1,5 +1,6 @@
 //! `cargo xtask`: the one entry for people and CI. A module a command; what they share of tools is the testkit's.
 
+mod chaos;
 mod conformance;
 mod demo;
 mod fuzz;
@@ -43,6 +44,8 @@ enum Task {
     Sim(sim::SimArgs),
     /// Put mixed contended load on a real Envoy and check what the upstream sees
     Soak(soak::SoakArgs),
+    /// Kill, stop, cut off and confuse an authority and its sidecars, and check what a resource sees
+    Chaos(chaos::ChaosArgs),
     /// Show that the tests notice bugs, each seeded one at a time
     Mutants(mutants::MutantsArgs),
     /// Fuzz what reads bytes from outside, with libFuzzer
@@ -62,6 +65,7 @@ fn main() -> ExitCode {
         Task::Test(args) => test::run(&args),
         Task::Sim(args) => sim::run(&args),
         Task::Soak(args) => soak::run(args),
+        Task::Chaos(args) => chaos::run(args),
         Task::Mutants(args) => mutants::run(&args),
         Task::Fuzz(args) => fuzz::run(&args),
         Task::Oci(args) => oci::run(&args),

@@ -4,16 +4,16 @@
 //! [`load`] draws what is asked, [`drive`] asks and serves it, [`judge`] takes the answers, [`ledger`] judges mutual exclusion and fences, [`answer`]
 //! the refusals, [`lag`] knows how late the machine is, [`watch`] looks at Envoy from outside, [`stuck`] finds deadlocks that nobody was told of, [`report`] counts. No rule of Interlock is taken from its own code.
 
-mod answer;
+pub mod answer;
 mod drive;
 mod judge;
 mod lag;
-mod ledger;
+pub mod ledger;
 mod load;
 mod policy;
 mod report;
 mod stuck;
-mod watch;
+pub mod watch;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
