@@ -42,17 +42,20 @@ const REST: Duration = Duration::from_secs(20);
 
 #[derive(Debug, Args)]
 pub struct ChaosArgs {
-    /// How many faults
-    #[arg(long, default_value_t = 600)]
+    /// How many faults, at least
+    #[arg(long, default_value_t = 500)]
     faults: u32,
-    /// Stop with the faults after so many minutes, if there were not as many by then
+    /// Go on with faults until so many leases have been granted
+    #[arg(long, default_value_t = 10_000)]
+    grants: u64,
+    /// Stop with the faults after so many minutes, whatever has been granted by then
     #[arg(long, default_value_t = 60)]
     minutes: u32,
     /// Draws the same faults and the same load again; by default each run draws its own
     #[arg(long)]
     seed: Option<u64>,
     /// How many sidecars
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(0..=4))]
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=4))]
     sidecars: u8,
     /// How many callers, of each kind, ask at a time
     #[arg(long, default_value_t = 24, value_parser = clap::value_parser!(u32).range(1..=200))]
@@ -89,7 +92,7 @@ async fn chaos(args: &ChaosArgs) -> Result<()> {
     let start = Instant::now();
     let stop = Arc::new(AtomicBool::new(false));
     let mut callers = load(args, seed, &apps, &through, &stop, false);
-    let inflicted = torment(args, seed, &world).await?;
+    let inflicted = torment(args, seed, &world, &book).await?;
     stop.store(true, Ordering::Relaxed);
     ended(&mut callers).await?;
     let tormented = start.elapsed();
@@ -163,15 +166,15 @@ async fn ended(callers: &mut JoinSet<()>) -> Result<()> {
 }
 
 /// Inflicts faults, several at a time but one at a place; gives back how many of each kind.
-async fn torment(args: &ChaosArgs, seed: u64, world: &Arc<World>) -> Result<BTreeMap<&'static str, u64>> {
+async fn torment(args: &ChaosArgs, seed: u64, world: &Arc<World>, book: &Book) -> Result<BTreeMap<&'static str, u64>> {
     let mut rng = Rng::with_seed(seed);
     let (start, limit) = (Instant::now(), Duration::from_secs(u64::from(args.minutes) * 60));
     let busy = Arc::new(Mutex::new(HashSet::new()));
     let mut inflicted = BTreeMap::new();
     let mut under_way: JoinSet<Result<()>> = JoinSet::new();
     let mut count = 0;
-    while count < args.faults && start.elapsed() < limit {
-        tokio::time::sleep(Duration::from_millis(rng.u64(150..650))).await;
+    while (count < args.faults || book.lock().numbers.grants < args.grants) && start.elapsed() < limit {
+        tokio::time::sleep(Duration::from_millis(rng.u64(100..450))).await;
         let fault = Fault::draw(&mut rng, usize::from(args.sidecars));
         let free = busy.lock().unwrap_or_else(|e| e.into_inner()).insert(fault.place());
         while let Some(done) = under_way.try_join_next() {
@@ -181,6 +184,12 @@ async fn torment(args: &ChaosArgs, seed: u64, world: &Arc<World>) -> Result<BTre
             continue;
         }
         count += 1;
+        if count % 100 == 0 {
+            let book = book.lock();
+            let violations = book.gate.violations.count + book.wrong.count;
+            let seconds = start.elapsed().as_secs();
+            println!("{seconds:>6} s: {count} faults, {} grants, {violations} violations", book.numbers.grants);
+        }
         *inflicted.entry(fault.kind()).or_default() += 1;
         let (world, busy) = (Arc::clone(world), Arc::clone(&busy));
         under_way.spawn(async move {

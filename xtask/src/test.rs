@@ -56,6 +56,8 @@ enum Stage {
     Envoy,
     /// Mixed contended load for a short while
     Soak,
+    /// A hundred faults in an authority and around it
+    Chaos,
     /// The demo, which fails when an act does not end as it must
     Demo,
 }
@@ -100,6 +102,7 @@ impl Stage {
             Stage::Wasm => wasm::run(&WasmArgs::default()),
             Stage::Envoy => envoy(cases),
             Stage::Soak => itself(&["soak", "--no-build", "--seconds", &args.soak_seconds.to_string()]),
+            Stage::Chaos => itself(&["chaos", "--no-build", "--faults", "100", "--grants", "0", "--callers", "10"]),
             Stage::Demo => itself(&["demo", "--no-build"]),
         }
     }

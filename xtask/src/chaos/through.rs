@@ -65,15 +65,16 @@ impl Through {
         Box::pin(async move {
             let Some(world) = self.world.get() else { return false };
             let name = format!("{owner:032x}");
-            let sidecar = &world.sidecars[fastrand::usize(..world.sidecars.len())];
             let claim = self.book.lock().asked(&name, &plan.locks);
+            let number = usize::try_from(claim).unwrap_or(0);
+            let sidecar = &world.sidecars[number % world.sidecars.len()];
             let sent = Instant::now();
             self.flights().insert(claim, Flight { plan: Arc::clone(&plan), owner, sent, claim });
             let member = |(name, mode): &(String, _)| format!("{name};mode={}", mode_name(*mode));
             let locks = plan.locks.iter().map(member).collect::<Vec<_>>().join(", ");
             let wait = plan.wait.as_secs_f64();
             let longest = plan.longest() + CALL * 4;
-            let ask = self.clients[fastrand::usize(..self.clients.len())]
+            let ask = self.clients[number % self.clients.len()]
                 .get(format!("http://{}/work", sidecar.address()))
                 .header("traceparent", traceparent(owner))
                 .header("x-chaos", claim.to_string())

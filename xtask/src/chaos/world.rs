@@ -14,7 +14,7 @@ use tokio::sync::watch;
 /// The TTL of all leases, and so the grace of an authority that starts.
 pub const TTL: Duration = Duration::from_millis(1500);
 /// The longest that a sidecar waits for an answer to a call that does not park.
-pub const CALL: Duration = Duration::from_millis(300);
+pub const CALL: Duration = Duration::from_millis(500);
 
 /// Where the lease API is.
 pub const PREFIX: &str = "/interlock/v1";
