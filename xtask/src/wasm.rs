@@ -11,6 +11,9 @@ use interlock_testkit::tools;
 /// The plugin's target: the one with randomness that Envoy serves.
 pub const TARGET: &str = "wasm32-wasip1";
 
+/// The profile that it is built in.
+const PROFILE: &str = "plugin";
+
 /// What rustc's output for [`TARGET`] may use. Named one by one: Debian's binaryen reads no feature section of today's
 /// compilers, and `--all-features` would let the optimizer write what Envoy's engine does not take.
 const FEATURES: [&str; 6] = [
@@ -72,14 +75,14 @@ impl Build {
 
     fn cargo(&self, command: &str) -> Command {
         let mut cargo = tools::cargo();
-        cargo.args([command, "--release", "--package", "interlock", "--lib", "--target", TARGET, "--target-dir"]);
+        cargo.args([command, "--profile", PROFILE, "--package", "interlock", "--lib", "--target", TARGET, "--target-dir"]);
         cargo.arg(self.target_dir()).args(self.features);
         cargo
     }
 
     fn make(&self, optimizer: Option<&Path>) -> Result<()> {
         tools::run(&mut self.cargo("build"))?;
-        let built = self.target_dir().join(TARGET).join("release/interlock.wasm");
+        let built = self.target_dir().join(TARGET).join(PROFILE).join("interlock.wasm");
         let dist = tools::root().join("dist");
         fs::create_dir_all(&dist)?;
         // Renamed into place, so that an Envoy that starts meanwhile reads the old plugin or the new one.
