@@ -215,6 +215,15 @@ impl Reject {
             owner: self.owner().map(OwnerId::as_str),
             retry_after_ms: self.retry_after().map(millis),
             cycle,
+            limit: match cause {
+                Some(Cause::Limit { limit, value }) => Some(ProblemLimit { name: limit.as_str(), value: *value }),
+                _ => None,
+            },
+            held: match cause {
+                Some(Cause::OrderViolation { held }) => Some(held.as_str()),
+                _ => None,
+            },
+            grace: matches!(cause, Some(Cause::Grace { .. })),
             holders: holders.iter().map(ProblemHolder::from).collect(),
         };
         // Strings and numbers always serialize.
@@ -239,8 +248,21 @@ struct Problem<'a> {
     retry_after_ms: Option<u64>,
     #[serde(skip_serializing_if = "<[Edge]>::is_empty")]
     cycle: &'a [Edge],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    limit: Option<ProblemLimit>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    held: Option<&'a str>,
+    #[serde(skip_serializing_if = "core::ops::Not::not")]
+    grace: bool,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     holders: Vec<ProblemHolder<'a>>,
+}
+
+/// The limit that was met.
+#[derive(Serialize)]
+struct ProblemLimit {
+    name: &'static str,
+    value: u64,
 }
 
 /// A holder for the caller's eyes. Without its fence: nobody but the holder has a use for that.

@@ -13,7 +13,7 @@ use proxy_wasm::types::{Action, ContextType, LogLevel};
 
 use crate::filter::{Active, Flow, Runtime};
 use crate::host::envoy::Envoy;
-use crate::host::{ContextId, Host, Level, QueueId};
+use crate::host::{CallToken, ContextId, Host, Level, QueueId};
 use crate::policy::Policy;
 
 type Shared = Rc<RefCell<Runtime>>;
@@ -66,7 +66,19 @@ impl Root {
     }
 }
 
-impl Context for Root {}
+impl Context for Root {
+    fn on_http_call_response(&mut self, token: u32, headers: usize, _: usize, _: usize) {
+        answered(token, headers, false);
+    }
+
+    /// The last chance to send something: the process may end.
+    fn on_done(&mut self) -> bool {
+        for runtime in all() {
+            with(&runtime, |runtime| runtime.attend(&HOST));
+        }
+        true
+    }
+}
 
 impl RootContext for Root {
     fn on_configure(&mut self, _: usize) -> bool {
@@ -113,7 +125,13 @@ impl Stream {
     }
 }
 
-impl Context for Stream {}
+impl Context for Stream {
+    /// To the host it is a callback of the root; the SDK has made the stream the effective one.
+    fn on_http_call_response(&mut self, token: u32, headers: usize, _: usize, _: usize) {
+        HOST.leave();
+        answered(token, headers, true);
+    }
+}
 
 impl HttpContext for Stream {
     fn on_http_request_headers(&mut self, _: usize, end: bool) -> Action {
@@ -136,6 +154,13 @@ impl HttpContext for Stream {
 
     fn on_log(&mut self) {
         self.with(|runtime, _| runtime.end(&HOST, self.id));
+    }
+}
+
+/// The answer to a call goes to the instance that called.
+fn answered(token: u32, headers: usize, of_stream: bool) {
+    for runtime in all() {
+        with(&runtime, |runtime| runtime.call_answered(&HOST, CallToken(token), headers, of_stream));
     }
 }
 

@@ -10,7 +10,7 @@
 mod line;
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use interlock_core::{Census, Duration, Event, Loss, Tally};
 
@@ -155,6 +155,24 @@ impl Telemetry {
                     self.record(host, Family::Hold, self.label(lock.class()), *held_for);
                     self.count(host, Family::LeaseExpired, lock.class(), "", "");
                 }
+            }
+        }
+    }
+
+    /// A lock of that class was held for that long.
+    pub fn held(&self, host: &dyn Host, class: &str, held_for: Duration) {
+        self.record(host, Family::Hold, self.label(class), held_for);
+    }
+
+    /// What leases at an authority were counted at changed, by class: it was shown so many held and waiting, and is so many.
+    /// Only the difference is added, so that every VM can have its own part in a gauge.
+    pub fn shown(&self, host: &dyn Host, before: &BTreeMap<String, Tally>, now: &BTreeMap<String, Tally>) {
+        let classes: BTreeSet<&String> = before.keys().chain(now.keys()).collect();
+        let part = |tallies: &BTreeMap<String, Tally>, class: &str| tallies.get(class).copied().unwrap_or_default();
+        for class in classes {
+            let (was, is) = (part(before, class), part(now, class));
+            for (family, was, is) in [(Family::Held, was.held, is.held), (Family::Waiting, was.waiting, is.waiting)] {
+                self.add(host, (family, "", ""), self.label(class), is.wrapping_sub(was).cast_signed());
             }
         }
     }

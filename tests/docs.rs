@@ -19,7 +19,7 @@ use interlock_core::{Cause, Limit, LockName, Loss, Mode, OwnerId, Refusal};
 use serde_json::Value;
 
 /// The pages with policies in them.
-const PAGES: [&str; 4] = ["docs/policy.md", "docs/api.md", "README.md", "examples/bank/README.md"];
+const PAGES: [&str; 5] = ["docs/policy.md", "docs/api.md", "docs/authority.md", "README.md", "examples/bank/README.md"];
 
 fn read(file: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
@@ -68,7 +68,7 @@ fn rows(page: &str, header: &str) -> Vec<Vec<String>> {
 
 #[test]
 fn every_policy_of_the_bootstraps_parses() {
-    for file in ["envoy/local.yaml", "envoy/authority.yaml"] {
+    for file in ["envoy/local.yaml", "envoy/authority.yaml", "envoy/sidecar.yaml"] {
         let bootstrap = yaml(&read(file));
         let filters = &bootstrap["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0];
         let ours = &filters["typed_config"]["http_filters"][0]["typed_config"]["config"]["configuration"]["value"];

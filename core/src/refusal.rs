@@ -52,6 +52,16 @@ pub enum Limit {
 }
 
 impl Limit {
+    /// All of them.
+    pub const ALL: [Limit; 6] = [
+        Limit::LocksPerRequest,
+        Limit::LocksPerOwner,
+        Limit::Locks,
+        Limit::WaitersPerLock,
+        Limit::Waiters,
+        Limit::WaitChain,
+    ];
+
     /// The limit as policies spell it.
     pub const fn as_str(self) -> &'static str {
         match self {

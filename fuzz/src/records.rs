@@ -8,7 +8,8 @@ use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::sync::LazyLock;
 
-use interlock::backend::local::{Local, Purpose, decode, encode};
+use interlock::backend::Purpose;
+use interlock::backend::local::{Local, decode, encode};
 use interlock_core::lease::LeaseBucket;
 use interlock_core::store::{LockBucket, OwnerBucket, Record};
 use interlock_core::{

@@ -1,7 +1,8 @@
 //! What a VM drives: the shipped backend with its encoding, or the core's table over plain records, which does in few
 //! words what the backend does around it. What must not live here: when which of it is done (that is `driver`).
 
-use interlock::backend::local::{Local, Purpose};
+use interlock::backend::Purpose;
+use interlock::backend::local::Local;
 use interlock::host::{Host, QueueId};
 use interlock_core::session::BEAT;
 use interlock_core::{

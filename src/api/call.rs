@@ -14,6 +14,9 @@ const PAGE: usize = 100;
 /// The most locks on one page.
 const LONGEST_PAGE: usize = 1000;
 
+/// The longest that a request says of what it is for, in characters.
+pub const MOST_FOR: usize = 128;
+
 /// The longest complaint about JSON, in characters.
 const MOST_COMPLAINT: usize = 200;
 
@@ -206,6 +209,8 @@ pub struct Put {
     pub owner: OwnerId,
     /// The locks; what is not said of them is the policy's.
     pub wanted: Vec<Wanted>,
+    /// What it is for, for people to read.
+    pub asked_by: Option<String>,
     /// The receipt of a lease that is asserted again.
     pub receipt: Option<String>,
 }
@@ -218,6 +223,8 @@ struct PutBody {
     wait: Option<String>,
     ttl: Option<String>,
     receipt: Option<String>,
+    #[serde(rename = "for")]
+    asked_by: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -225,6 +232,7 @@ struct PutBody {
 struct LockBody {
     name: String,
     mode: Option<String>,
+    wait: Option<String>,
 }
 
 impl Put {
@@ -233,13 +241,16 @@ impl Put {
     /// # Errors
     /// What is wrong with it, and where.
     pub fn read(body: &[u8]) -> Result<Self, ApiError> {
-        let PutBody { owner, locks, wait, ttl, receipt } = json(body)?;
+        let PutBody { owner, locks, wait, ttl, receipt, asked_by } = json(body)?;
         let owner = OwnerId::new(&owner)
             .ok_or_else(|| ApiError::Malformed(format!("owner: has 1 to {} bytes", OwnerId::MAX)))?;
         let wait = duration("wait", wait)?;
         let ttl = duration("ttl", ttl)?;
         if ttl.is_some_and(|ttl| ttl.is_zero()) {
             return Err(ApiError::Malformed(String::from("ttl: must be above 0")));
+        }
+        if asked_by.as_ref().is_some_and(|text| text.chars().count() > MOST_FOR) {
+            return Err(ApiError::Malformed(format!("for: has at most {MOST_FOR} characters")));
         }
         if locks.is_empty() {
             return Err(ApiError::Malformed(String::from("locks: is empty; name one lock at least")));
@@ -253,10 +264,11 @@ impl Put {
                     lock.mode.as_deref().map(|mode| mode.parse::<Mode>()).transpose().map_err(|_| {
                         ApiError::Malformed(format!("{at}.mode: is no mode; write exclusive or shared"))
                     })?;
-                Ok(Wanted { mode, wait, ttl, ..Wanted::new(name) })
+                let own = duration(&format!("{at}.wait"), lock.wait.clone())?;
+                Ok(Wanted { mode, wait: own.or(wait), ttl, ..Wanted::new(name) })
             };
         let wanted = locks.iter().enumerate().map(lock).collect::<Result<_, ApiError>>()?;
-        Ok(Put { owner, wanted, receipt })
+        Ok(Put { owner, wanted, asked_by, receipt })
     }
 }
 
@@ -411,7 +423,7 @@ mod tests {
             ),
             (
                 r#"{"owner":"a","locks":[{"name":"a"}],"id":"x"}"#,
-                "body: unknown field `id`, expected one of `owner`, `locks`, `wait`, `ttl`, `receipt` at line 1 column 40",
+                "body: unknown field `id`, expected one of `owner`, `locks`, `wait`, `ttl`, `receipt`, `for` at line 1 column 40",
             ),
             ("", "body: EOF while parsing a value at line 1 column 0"),
             ("[]", "body: invalid length 0, expected an object with owner and locks at line 1 column 2"),

@@ -7,6 +7,7 @@
 pub mod body;
 pub mod call;
 pub mod receipt;
+pub mod told;
 
 pub use call::{ApiError, Target};
 

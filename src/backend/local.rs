@@ -21,6 +21,7 @@ use interlock_core::{
 };
 use siphasher::sip::SipHasher13;
 
+use super::Purpose;
 use crate::host::{Cas, Expected, Host, HostError, QueueId, Status, Stored};
 
 /// How many buckets locks are spread over, and owners. Each costs one key of shared data once it was used. With the
@@ -32,15 +33,6 @@ const FORMAT: u8 = 2;
 
 /// How many buckets are swept at a time; all of them are swept about once a second.
 const SWEEP_STEP: u32 = BUCKETS / 4;
-
-/// Which of an instance's tables.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Purpose {
-    /// The one whose decisions count.
-    Enforce,
-    /// The shadow of it: what would be decided if requests under audit were enforced.
-    Audit,
-}
 
 /// The keys of one table.
 struct Space {

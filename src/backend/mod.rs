@@ -1,5 +1,273 @@
 //! Where locks are kept. One module a backend; the rules about locks are the core's.
+//!
+//! A request is asked for in the way of its backend: `local` decides at once, `authority` when an answer comes. From then on
+//! the filter treats all alike, by what is here: a request [`Waiting`] is polled, whenever its backend says that something was
+//! decided, or cancelled; a [`Lease`] is looked after and released. Each carries what its own backend needs, so that a request
+//! goes on where it began, whatever is configured meanwhile.
 
+pub mod authority;
 pub mod local;
 #[cfg(test)]
 mod tests;
+
+use std::sync::Arc;
+
+use interlock_core::{Duration, Grant, LockName, Loss, Mode, OwnerId, Rules, Time};
+
+use crate::answer::Reject;
+use crate::host::{Host, HostError, Status};
+use crate::policy;
+use authority::Authority;
+use local::Local;
+
+/// Which of an instance's tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Purpose {
+    /// The one whose decisions count.
+    Enforce,
+    /// The shadow of it: what would be decided if requests under audit were enforced.
+    Audit,
+}
+
+impl Purpose {
+    /// Both.
+    pub const ALL: [Purpose; 2] = [Purpose::Enforce, Purpose::Audit];
+}
+
+/// What has become of a request.
+#[derive(Debug)]
+pub enum Outcome {
+    /// It holds all its locks.
+    Granted(Lease),
+    /// Nothing yet.
+    Waiting(Waiting),
+    /// It does not get them, and holds nothing.
+    Refused(Box<Reject>),
+}
+
+impl From<interlock_core::Outcome> for Outcome {
+    fn from(outcome: interlock_core::Outcome) -> Self {
+        match outcome {
+            interlock_core::Outcome::Granted(lease) => Outcome::Granted(Lease::Local(lease)),
+            interlock_core::Outcome::Waiting(pending) => Outcome::Waiting(Waiting::Local(pending)),
+            interlock_core::Outcome::Refused(refusal) => Outcome::Refused(Box::new(Reject::Core(refusal))),
+        }
+    }
+}
+
+/// A request that waits.
+#[derive(Debug)]
+#[must_use = "a request that waits must be polled or cancelled"]
+pub enum Waiting {
+    /// In the queue of a lock.
+    Local(interlock_core::Pending),
+    /// For an answer.
+    Authority(authority::Waiting),
+}
+
+impl Waiting {
+    /// Who waits.
+    pub fn owner(&self) -> &OwnerId {
+        match self {
+            Waiting::Local(pending) => pending.owner(),
+            Waiting::Authority(waiting) => waiting.owner(),
+        }
+    }
+
+    /// The lock that it waits for, as far as that is known, and the mode.
+    pub fn waits_for(&self) -> Option<(&LockName, Mode)> {
+        match self {
+            Waiting::Local(pending) => pending.waits_for(),
+            Waiting::Authority(waiting) => waiting.waits_for(),
+        }
+    }
+
+    /// When to poll it even if nothing says so.
+    pub fn poll_at(&self) -> Time {
+        match self {
+            Waiting::Local(pending) => pending.poll_at(),
+            Waiting::Authority(_) => Time::NEVER,
+        }
+    }
+}
+
+/// Locks that a request holds.
+#[derive(Debug)]
+#[must_use = "a lease must be released"]
+pub enum Lease {
+    /// In this Envoy's table.
+    Local(interlock_core::Lease),
+    /// At an authority.
+    Authority(authority::Lease),
+}
+
+impl Lease {
+    /// Who holds.
+    pub fn owner(&self) -> &OwnerId {
+        match self {
+            Lease::Local(lease) => lease.owner(),
+            Lease::Authority(lease) => lease.owner(),
+        }
+    }
+
+    /// What it holds.
+    pub fn grants(&self) -> &[Grant] {
+        match self {
+            Lease::Local(lease) => lease.grants(),
+            Lease::Authority(lease) => lease.grants(),
+        }
+    }
+
+    /// When the first of its locks ends, renewed or not.
+    pub fn until(&self) -> Time {
+        self.grants().iter().map(|grant| grant.until).min().unwrap_or(Time::NEVER)
+    }
+
+    /// The shortest TTL among its locks.
+    pub fn ttl(&self) -> Duration {
+        self.grants().iter().map(|grant| grant.ttl).min().unwrap_or(Duration::MAX)
+    }
+}
+
+/// The backends of an instance in one VM: those that its configurations named, as long as anything hangs on them.
+#[derive(Default)]
+pub struct Backends {
+    enforce: Option<Local>,
+    audit: Option<Local>,
+    authorities: Vec<Authority>,
+    /// How many clients there were.
+    numbered: u32,
+}
+
+impl Backends {
+    /// The table in this Envoy, if it is open.
+    pub fn local(&mut self, purpose: Purpose) -> Option<&mut Local> {
+        match purpose {
+            Purpose::Enforce => self.enforce.as_mut(),
+            Purpose::Audit => self.audit.as_mut(),
+        }
+    }
+
+    /// The table in this Envoy; opens it if it is not. See [`Local::open`].
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn open_local(&mut self, host: &dyn Host, instance: &str, purpose: Purpose) -> Result<&mut Local, HostError> {
+        let place = match purpose {
+            Purpose::Enforce => &mut self.enforce,
+            Purpose::Audit => &mut self.audit,
+        };
+        match place {
+            Some(local) => Ok(local),
+            None => Ok(place.insert(Local::open(host, instance, purpose)?)),
+        }
+    }
+
+    /// The client of an authority; makes one if there is none.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn authority(
+        &mut self,
+        host: &dyn Host,
+        instance: &str,
+        at: &Arc<policy::Authority>,
+        purpose: Purpose,
+    ) -> Result<&mut Authority, HostError> {
+        let index = match self.authorities.iter().position(|authority| authority.is(at, purpose)) {
+            Some(index) => index,
+            None => {
+                self.numbered += 1;
+                self.authorities.push(Authority::open(host, instance, self.numbered, Arc::clone(at), purpose)?);
+                self.authorities.len() - 1
+            }
+        };
+        // It is there: it was found or made just now.
+        self.authorities.get_mut(index).ok_or(HostError { call: "authority", status: Status::NotFound })
+    }
+
+    /// Leaves the tables in this Envoy.
+    pub fn close_locals(&mut self) {
+        (self.enforce, self.audit) = (None, None);
+    }
+
+    /// When something is due: a heartbeat, or something that has to do with an authority.
+    pub fn next_due(&self) -> Time {
+        let beats = self.enforce.iter().chain(&self.audit).map(Local::next_beat);
+        beats.chain(self.authorities.iter().map(Authority::next_due)).min().unwrap_or(Time::NEVER)
+    }
+
+    /// The clients of all authorities.
+    pub fn authorities(&mut self) -> &mut [Authority] {
+        &mut self.authorities
+    }
+
+    /// Forgets the clients that nothing hangs on and that are not of this backend.
+    pub fn retire(&mut self, current: &policy::Backend) {
+        self.authorities.retain(|authority| {
+            let named = |purpose| match current {
+                policy::Backend::Local => false,
+                policy::Backend::Authority(at) => authority.is(at, purpose),
+            };
+            !authority.is_idle() || Purpose::ALL.into_iter().any(named)
+        });
+    }
+
+    /// Whether no lease is asked for, held or to be given back by message.
+    pub fn is_idle(&self) -> bool {
+        self.authorities.iter().all(Authority::is_idle)
+    }
+
+    fn of(&mut self, authority: u32) -> Option<&mut Authority> {
+        self.authorities.iter_mut().find(|other| other.number() == authority)
+    }
+
+    /// What has become of a request that waits.
+    pub fn poll(&mut self, host: &dyn Host, purpose: Purpose, rules: &Rules, waiting: Waiting) -> Outcome {
+        match waiting {
+            Waiting::Local(pending) => match self.local(purpose) {
+                Some(local) => local.poll(host, rules, pending).into(),
+                None => Outcome::Waiting(Waiting::Local(pending)),
+            },
+            Waiting::Authority(waiting) => match self.of(waiting.authority()) {
+                Some(authority) => authority.poll(host, waiting),
+                None => Outcome::Waiting(Waiting::Authority(waiting)),
+            },
+        }
+    }
+
+    /// Gives a request up that waits.
+    pub fn cancel(&mut self, host: &dyn Host, purpose: Purpose, rules: &Rules, waiting: Waiting) {
+        match waiting {
+            Waiting::Local(pending) => {
+                if let Some(local) = self.local(purpose) {
+                    local.cancel(host, rules, pending);
+                }
+            }
+            Waiting::Authority(waiting) => {
+                if let Some(authority) = self.of(waiting.authority()) {
+                    authority.cancel(host, waiting);
+                }
+            }
+        }
+    }
+
+    /// Gives a lease back. Tells of the grants in it that had ended before, as far as that is known.
+    pub fn release(&mut self, host: &dyn Host, purpose: Purpose, rules: &Rules, lease: Lease) -> Vec<Grant> {
+        match lease {
+            Lease::Local(lease) => {
+                self.local(purpose).map(|local| local.release(host, rules, lease)).unwrap_or_default()
+            }
+            Lease::Authority(lease) => {
+                self.of(lease.authority()).map(|authority| authority.release(host, lease)).unwrap_or_default()
+            }
+        }
+    }
+
+    /// The lock of a lease that was lost, as far as the backend knows without asking anybody.
+    pub fn lost(&mut self, host: &dyn Host, lease: &Lease) -> Option<(LockName, Loss)> {
+        let Lease::Authority(lease) = lease else { return None };
+        let loss = self.of(lease.authority())?.loss(host, lease)?;
+        lease.grants().first().map(|grant| (grant.name.clone(), loss))
+    }
+}

@@ -7,7 +7,8 @@ use interlock_core::{
     Classes, Duration, LeaseId, Limits, LockName, Mode, Outcome, OwnerId, Request, Rules, StoreError, Time, Want,
 };
 
-use super::local::{Local, Purpose};
+use super::Purpose;
+use super::local::Local;
 use crate::host::Host;
 use crate::host::fake::{FakeHost, FakeProxy};
 

@@ -7,7 +7,7 @@
 use std::rc::Rc;
 
 use interlock_core::lease::{Answer as Given, End, Granted, Parked};
-use interlock_core::{Cause, Duration, Refusal, Request, StoreError, Time};
+use interlock_core::{Cause, Duration, LockName, Refusal, Request, StoreError, Time};
 
 use super::respond::Answer;
 use super::{Active, Flow, Runtime, intake, next_look, report};
@@ -15,7 +15,8 @@ use crate::answer::Reject;
 use crate::api::body::{self, Conflict};
 use crate::api::call::{LeaseName, Put, Renew};
 use crate::api::{ApiError, MAX_BODY, Target, receipt};
-use crate::backend::local::Purpose;
+use crate::backend::Purpose;
+use crate::backend::local::Local;
 use crate::host::{ContextId, Headers, Host};
 use crate::policy::{Api, MIN_TTL, Reentrancy};
 
@@ -32,6 +33,8 @@ const PROBLEM: &str = "application/problem+json";
 pub(super) struct Call {
     /// The configuration that it came in under.
     active: Rc<Active>,
+    /// The table that it is about.
+    purpose: Purpose,
     state: State,
     /// When it has to be looked at, if nothing happens before.
     timer: Option<Time>,
@@ -58,57 +61,63 @@ impl Runtime {
     ) -> Option<Flow> {
         let path = host.header(Headers::Request, ":path").ok().flatten().unwrap_or_default();
         let rest = api.rest(&path)?;
+        // The same calls on the shadow table are for proxies under audit.
+        let (purpose, rest) = match rest.strip_prefix(b"audit/") {
+            Some(rest) => (Purpose::Audit, rest),
+            None => (Purpose::Enforce, rest),
+        };
         let method = host.header(Headers::Request, ":method").ok().flatten().unwrap_or_default();
         let answer = match Target::read(&method, rest) {
             Ok(target) if target.has_body() && !end => {
                 let due = Some(host.now() + PATIENCE);
-                self.keep(id, Call { active: Rc::clone(active), state: State::Body(target), timer: due });
+                self.keep(id, Call { active: Rc::clone(active), purpose, state: State::Body(target), timer: due });
                 return Some(Flow::Stop);
             }
-            Ok(target) => self.serve(host, id, active, target, &[]),
+            Ok(target) => self.serve(host, id, (active, purpose), target, &[]),
             Err(error) => Some(problem(&error)),
         };
-        self.reply(host, id, active, answer);
+        self.reply(host, id, (active, purpose), answer);
         Some(Flow::Stop)
     }
 
     /// A part of the body of a request to the API.
     pub(super) fn call_body(&mut self, host: &dyn Host, id: ContextId, size: usize, end: bool) -> Flow {
         let Some(call) = self.drop_call(id) else { return Flow::Stop };
-        let Call { active, state: State::Body(target), timer } = call else {
+        let Call { active, purpose, state: State::Body(target), timer } = call else {
             self.keep(id, call);
             return Flow::Stop;
         };
         let answer = if size > MAX_BODY {
             Some(problem(&ApiError::TooLarge))
         } else if !end {
-            self.keep(id, Call { active, state: State::Body(target), timer });
+            self.keep(id, Call { active, purpose, state: State::Body(target), timer });
             return Flow::Stop;
         } else {
             // One byte more than is allowed tells what is too long from what just fits.
             match host.request_body(MAX_BODY + 1) {
-                Ok(bytes) => self.serve(host, id, &active, target, &bytes),
+                Ok(bytes) => self.serve(host, id, (&active, purpose), target, &bytes),
                 Err(error) => Some(problem(&ApiError::Malformed(format!("the body cannot be read: {error}")))),
             }
         };
-        self.reply(host, id, &active, answer);
+        self.reply(host, id, (&active, purpose), answer);
         Flow::Stop
     }
 
     /// Looks after a request to the API: one that may have been granted, or whose time is up. From a callback of a root.
     pub(super) fn look_after_call(&mut self, host: &dyn Host, id: ContextId) {
-        let Some(Call { active, state, .. }) = self.drop_call(id) else { return };
+        let Some(Call { active, purpose, state, .. }) = self.drop_call(id) else { return };
         let answer = match state {
             State::Parked { name, parked, asked_by } => {
-                let given = self.tables.enforce.poll_parked(host, &active.rules, parked);
-                self.deliver(host, Purpose::Enforce);
-                self.given(host, id, &active, name, asked_by, given)
+                let table = self.table(host, &active, purpose);
+                let given = table.and_then(|local| local.poll_parked(host, &active.rules, parked));
+                self.deliver(host, purpose);
+                self.given(host, id, (&active, purpose), name, asked_by, given)
             }
             State::Body(_) => Some(late()),
             State::Answered => None,
         };
         let Some(answer) = answer else { return };
-        self.keep(id, Call { active: Rc::clone(&active), state: State::Answered, timer: None });
+        self.keep(id, Call { active: Rc::clone(&active), purpose, state: State::Answered, timer: None });
         let sent = host.within(id, |host| answer.send(host));
         // The host has no such stream any more, and will say nothing of its end.
         if !matches!(sent, Ok(Ok(()))) {
@@ -118,9 +127,18 @@ impl Runtime {
 
     /// The stream of a request to the API has ended.
     pub(super) fn call_ended(&mut self, host: &dyn Host, id: ContextId) {
-        let Some(Call { active, state: State::Parked { parked, .. }, .. }) = self.drop_call(id) else { return };
-        self.tables.enforce.leave(host, &active.rules, parked);
-        self.deliver(host, Purpose::Enforce);
+        let Some(call) = self.drop_call(id) else { return };
+        let Call { active, purpose, state: State::Parked { parked, .. }, .. } = call else { return };
+        if let Ok(local) = self.table(host, &active, purpose) {
+            local.leave(host, &active.rules, parked);
+        }
+        self.deliver(host, purpose);
+    }
+
+    /// The table that a call is about. That of audits is opened by the first call for it.
+    fn table(&mut self, host: &dyn Host, active: &Active, purpose: Purpose) -> Result<&mut Local, StoreError> {
+        let local = self.backends.open_local(host, &active.policy.instance, purpose);
+        local.map_err(|error| StoreError::Failed(error.to_string()))
     }
 
     /// Remembers a refusal that people will want to look at, where they can.
@@ -142,13 +160,21 @@ impl Runtime {
             cycle: cycle.to_vec(),
             held,
         };
-        self.tables.enforce.remember(host, &conflict);
+        if let Some(local) = self.backends.local(Purpose::Enforce) {
+            local.remember(host, &conflict);
+        }
     }
 
     /// Answers a request from a callback of its own stream, if there is an answer yet.
-    fn reply(&mut self, host: &dyn Host, id: ContextId, active: &Rc<Active>, answer: Option<Answer>) {
+    fn reply(
+        &mut self,
+        host: &dyn Host,
+        id: ContextId,
+        (active, purpose): (&Rc<Active>, Purpose),
+        answer: Option<Answer>,
+    ) {
         if let Some(answer) = answer {
-            self.keep(id, Call { active: Rc::clone(active), state: State::Answered, timer: None });
+            self.keep(id, Call { active: Rc::clone(active), purpose, state: State::Answered, timer: None });
             if let Err(error) = answer.send(host) {
                 report::trouble(host, active, &error);
             }
@@ -163,7 +189,7 @@ impl Runtime {
         &mut self,
         host: &dyn Host,
         id: ContextId,
-        active: &Rc<Active>,
+        (active, purpose): (&Rc<Active>, Purpose),
         target: Target,
         bytes: &[u8],
     ) -> Option<Answer> {
@@ -176,19 +202,22 @@ impl Runtime {
                 return Some(Answer::api(403, PROBLEM, body, None));
             }
         }
-        self.beat(host, Purpose::Enforce);
+        if let Err(error) = self.table(host, active, purpose) {
+            return Some(unavailable(host, active, &error));
+        }
+        self.beat(host, purpose);
         let answer = match target {
             Target::Acquire(name) => match Put::read(bytes) {
-                Ok(put) => return self.acquire(host, id, active, name, put),
+                Ok(put) => return self.acquire(host, id, (active, purpose), name, put),
                 Err(error) => Ok(problem(&error)),
             },
             Target::Renew => match Renew::read(bytes) {
-                Ok(renew) => self.renew(host, active, &renew),
+                Ok(renew) => self.renew(host, active, purpose, &renew),
                 Err(error) => Ok(problem(&error)),
             },
-            other => self.simple(host, active, other),
+            other => self.simple(host, active, purpose, other),
         };
-        self.deliver(host, Purpose::Enforce);
+        self.deliver(host, purpose);
         Some(answer.unwrap_or_else(|error| unavailable(host, active, &error)))
     }
 
@@ -197,19 +226,22 @@ impl Runtime {
         &mut self,
         host: &dyn Host,
         id: ContextId,
-        active: &Rc<Active>,
+        (active, purpose): (&Rc<Active>, Purpose),
         name: LeaseName,
         put: Put,
     ) -> Option<Answer> {
-        let Put { owner, wanted, receipt } = put;
+        let Put { owner, wanted, asked_by, receipt } = put;
         let policy = &active.policy;
         let caller = intake::principal(host);
-        let asked_by = caller
-            .as_ref()
-            .map_or_else(|| String::from("lease api"), |caller| String::from_utf8_lossy(caller).into_owned());
+        let asked_by = match (caller.as_deref().map(String::from_utf8_lossy), asked_by) {
+            (Some(caller), Some(asked_by)) => format!("{caller} for {asked_by}"),
+            (Some(caller), None) => caller.into_owned(),
+            (None, Some(asked_by)) => asked_by,
+            (None, None) => String::from("lease api"),
+        };
         let wants = match intake::wants(policy, wanted, Duration::MAX, &owner, || caller.clone()) {
             Ok(wants) => wants,
-            Err(reject) => return Some(self.refused(host, active, &reject, &asked_by)),
+            Err(reject) => return Some(refused(host, (active, purpose), &reject, &asked_by)),
         };
         let opened = match receipt {
             None => None,
@@ -225,9 +257,10 @@ impl Runtime {
         let request = Request::new(name.id(), owner, host.now(), wants, &active.rules.classes)
             .reentrant(active.policy.reentrancy != Reentrancy::None)
             .asked_by(asked_by.clone());
-        let given = self.tables.enforce.put(host, &active.rules, request, opened.as_ref());
-        self.deliver(host, Purpose::Enforce);
-        self.given(host, id, active, name, asked_by, given)
+        let table = self.table(host, active, purpose);
+        let given = table.and_then(|local| local.put(host, &active.rules, request, opened.as_ref()));
+        self.deliver(host, purpose);
+        self.given(host, id, (active, purpose), name, asked_by, given)
     }
 
     /// The answer to a request for a lease, as the table gives it. None where it waits.
@@ -235,7 +268,7 @@ impl Runtime {
         &mut self,
         host: &dyn Host,
         id: ContextId,
-        active: &Rc<Active>,
+        (active, purpose): (&Rc<Active>, Purpose),
         name: LeaseName,
         asked_by: String,
         given: Result<Given, StoreError>,
@@ -245,7 +278,10 @@ impl Runtime {
             Ok(Given::Granted { granted, new }) => {
                 if new {
                     for grant in granted.grants.iter().filter(|grant| grant.asked) {
-                        telemetry.acquired(host, grant.name.class(), granted.waited);
+                        match purpose {
+                            Purpose::Enforce => telemetry.acquired(host, grant.name.class(), granted.waited),
+                            Purpose::Audit => telemetry.audit(host, grant.name.class(), "acquired", ""),
+                        }
                     }
                 }
                 told(active, &name, &granted, if new { 201 } else { 200 })
@@ -253,12 +289,14 @@ impl Runtime {
             Ok(Given::Parked(parked)) => {
                 let due = next_look(parked.poll_at(), host.now());
                 let state = State::Parked { name, parked, asked_by };
-                self.keep(id, Call { active: Rc::clone(active), state, timer: Some(due) });
+                self.keep(id, Call { active: Rc::clone(active), purpose, state, timer: Some(due) });
                 return None;
             }
             Ok(Given::Refused(refusal)) => {
-                self.remember(host, &refusal, &asked_by);
-                self.refused(host, active, &Reject::Core(*refusal), &asked_by)
+                if purpose == Purpose::Enforce {
+                    self.remember(host, &refusal, &asked_by);
+                }
+                refused(host, (active, purpose), &Reject::Core(*refusal), &asked_by)
             }
             Ok(Given::Over(end)) => conflict("lease-lost", "The lease is over", over(end)),
             Ok(Given::Taken) => conflict(
@@ -271,22 +309,35 @@ impl Runtime {
     }
 
     /// Renews leases, each for itself.
-    fn renew(&mut self, host: &dyn Host, active: &Active, renew: &Renew) -> Result<Answer, StoreError> {
+    fn renew(
+        &mut self,
+        host: &dyn Host,
+        active: &Active,
+        purpose: Purpose,
+        renew: &Renew,
+    ) -> Result<Answer, StoreError> {
         let policy = &active.policy;
         let ttl = renew.ttl.map(|ttl| ttl.clamp(MIN_TTL, policy.limits.max_ttl.max(MIN_TTL)));
         let mut results = Vec::with_capacity(renew.leases.len());
         for (name, receipt) in &renew.leases {
             // One that cannot be opened is as good as none.
             let receipt = receipt.as_deref().and_then(|text| receipt::open(&policy.keys, text));
-            let renewed = self.tables.enforce.renew(host, &active.rules, name.id(), ttl, receipt.as_ref())?;
+            let table = self.table(host, active, purpose)?;
+            let renewed = table.renew(host, &active.rules, name.id(), ttl, receipt.as_ref())?;
             results.push(body::RenewResult::new(name, renewed));
         }
         Ok(Answer::api(200, JSON, body::json(&body::Results { results }), None))
     }
 
     /// Serves what is answered at once and has no body.
-    fn simple(&mut self, host: &dyn Host, active: &Active, target: Target) -> Result<Answer, StoreError> {
-        let (rules, local) = (&active.rules, &mut self.tables.enforce);
+    fn simple(
+        &mut self,
+        host: &dyn Host,
+        active: &Active,
+        purpose: Purpose,
+        target: Target,
+    ) -> Result<Answer, StoreError> {
+        let (rules, local) = (&active.rules, self.table(host, active, purpose)?);
         let ok = |bytes: Vec<u8>| Answer::api(200, JSON, bytes, None);
         Ok(match target {
             Target::Release(name) => ok(body::json(&body::Status::from(local.delete(host, rules, name.id())?))),
@@ -337,17 +388,11 @@ impl Runtime {
         })
     }
 
-    /// A lease that was refused: counted, told to the log, and answered.
-    fn refused(&mut self, host: &dyn Host, active: &Active, reject: &Reject, asked_by: &str) -> Answer {
-        report::refused_lease(host, active, reject, asked_by);
-        refusal(reject)
-    }
-
     fn keep(&mut self, id: ContextId, call: Call) {
         if let State::Parked { parked, .. } = &call.state
             && parked.drives()
         {
-            self.leases.insert((Purpose::Enforce, parked.lease()), id);
+            self.leases.insert((call.purpose, parked.lease()), id);
         }
         self.timers.extend(call.timer.map(|timer| (timer, id)));
         self.calls.insert(id, call);
@@ -361,7 +406,7 @@ impl Runtime {
         if let State::Parked { parked, .. } = &call.state
             && parked.drives()
         {
-            self.leases.remove(&(Purpose::Enforce, parked.lease()));
+            self.leases.remove(&(call.purpose, parked.lease()));
         }
         Some(call)
     }
@@ -373,8 +418,15 @@ fn told(active: &Active, name: &LeaseName, granted: &Granted, status: u16) -> An
     Answer::api(status, JSON, body::json(&body::Lease::new(name, granted, receipt)), None)
 }
 
-/// The answer to what the lock manager, or the policy, refuses.
-fn refusal(reject: &Reject) -> Answer {
+/// The answer to what the lock manager, or the policy, refuses: counted, and told to the log.
+fn refused(host: &dyn Host, (active, purpose): (&Active, Purpose), reject: &Reject, asked_by: &str) -> Answer {
+    match purpose {
+        Purpose::Enforce => report::refused_lease(host, active, reject, asked_by),
+        Purpose::Audit => {
+            let class = reject.lock().map_or("", LockName::class);
+            active.telemetry.audit(host, class, "refused", reject.slug());
+        }
+    }
     Answer::api(reject.http_status(), PROBLEM, reject.problem_json(), reject.retry_after_seconds())
 }
 

@@ -2,11 +2,12 @@
 //!
 //! A fence from outside counts only if it is signed with one of the policy's keys, for this very owner.
 
-use interlock_core::{Grant, Lease, LeaseId, OwnerId, Rules, StoreError, bug};
+use interlock_core::{Grant, LeaseId, OwnerId, Rules, StoreError, bug};
 
 use super::intake;
 use super::stream::Case;
 use crate::answer::headers::{self, FenceMember};
+use crate::backend::Lease;
 use crate::backend::local::Local;
 use crate::host::{Headers, Host};
 use crate::policy::Policy;

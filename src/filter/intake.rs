@@ -8,7 +8,7 @@ use interlock_core::{Cause, Duration, Limit, LockName, OwnerId, Refusal, Want};
 
 use crate::annotation::{self, Wanted, owner, timeout};
 use crate::answer::Reject;
-use crate::backend::local::Purpose;
+use crate::backend::Purpose;
 use crate::host::{Headers, Host};
 use crate::policy::{Enforcement, HeaderAnnotations, Lookup, OnLeaseLost, OnUnavailable, Policy, RouteAnnotations};
 

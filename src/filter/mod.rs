@@ -16,21 +16,26 @@ mod upkeep;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::rc::Rc;
+use std::sync::Arc;
 
 use interlock_core::{
-    Cause, Duration, LeaseId, Loss, Outcome, OwnerId, Refusal, Request, Rules, StoreError, Time, Want, bug,
+    Cause, Duration, LeaseId, Loss, OwnerId, Refusal, Request, Rules, StoreError, Tally, Time, Want, bug,
 };
 
 use crate::answer::Reject;
 use crate::answer::headers::FenceMember;
-use crate::backend::local::{Local, Purpose};
+use crate::backend::authority::Wish;
+use crate::backend::{Backends, Outcome, Purpose, Waiting};
 use crate::host::{ContextId, Headers, Host, HostError};
-use crate::policy::{HeaderAnnotations, OnUnavailable, Policy, Reentrancy};
+use crate::policy::{self, Backend, HeaderAnnotations, OnUnavailable, Policy, Reentrancy};
 use crate::telemetry::Telemetry;
 use calls::Call;
 use intake::{Asked, Intake, Terms};
 use respond::Answer;
 use stream::{Case, Ended, Held, State, Stream};
+
+/// In what time all VMs of a process have taken over a new configuration.
+const SETTLED: Duration = Duration::from_secs(2);
 
 /// How long a waiter goes without looking for itself: wake-ups are hints, and one may be lost.
 const BACKSTOP: Duration = Duration::from_secs(1);
@@ -83,30 +88,11 @@ enum Fate {
     Answer(Answer),
 }
 
-/// An instance's tables: the one whose decisions count and, once a configuration audits, its shadow.
-struct Tables {
-    enforce: Local,
-    audit: Option<Local>,
-}
-
-impl Tables {
-    fn get(&mut self, purpose: Purpose) -> Option<&mut Local> {
-        match purpose {
-            Purpose::Enforce => Some(&mut self.enforce),
-            Purpose::Audit => self.audit.as_mut(),
-        }
-    }
-
-    fn next_beat(&self) -> Time {
-        let audit = self.audit.as_ref().map_or(Time::NEVER, Local::next_beat);
-        self.enforce.next_beat().min(audit)
-    }
-}
-
 /// An instance in one VM.
 pub struct Runtime {
-    tables: Tables,
+    backends: Backends,
     streams: HashMap<ContextId, Stream>,
+    /// Who waits at a local table for which lease.
     leases: HashMap<(Purpose, LeaseId), ContextId>,
     /// Requests to the lease API under way.
     calls: HashMap<ContextId, Call>,
@@ -121,6 +107,9 @@ pub struct Runtime {
     armed: Time,
     /// When this VM last kept house, or asked to.
     housekept: Time,
+    /// What gauges show of the leases that this VM has at authorities, and from when on they do.
+    shown: BTreeMap<String, Tally>,
+    shown_from: Time,
 }
 
 impl Runtime {
@@ -129,9 +118,8 @@ impl Runtime {
     /// # Errors
     /// Those of the host.
     pub fn open(host: &dyn Host, active: Rc<Active>) -> Result<Self, HostError> {
-        let enforce = Local::open(host, &active.policy.instance, Purpose::Enforce)?;
         let mut runtime = Runtime {
-            tables: Tables { enforce, audit: None },
+            backends: Backends::default(),
             streams: HashMap::new(),
             leases: HashMap::new(),
             calls: HashMap::new(),
@@ -141,8 +129,10 @@ impl Runtime {
             doubtful: BTreeMap::new(),
             armed: Time::NEVER,
             housekept: Time::ZERO,
+            shown: BTreeMap::new(),
+            shown_from: Time::ZERO,
         };
-        runtime.open_audit(host)?;
+        runtime.open_backends(host)?;
         Ok(runtime)
     }
 
@@ -151,24 +141,45 @@ impl Runtime {
     /// # Errors
     /// Those of the host.
     pub fn reconfigure(&mut self, host: &dyn Host, active: Rc<Active>) -> Result<(), HostError> {
-        if self.active.rules.classes != active.rules.classes {
-            // Gauges of classes that are gone would stand still for ever.
+        if self.active.rules.classes != active.rules.classes || self.active.policy.backend != active.policy.backend {
+            // Gauges of classes that are gone would stand still for ever, and so would those of a table that is left behind.
+            self.show(host, BTreeMap::new());
             self.active.telemetry.retire(host);
+            // Until all VMs have come this far, each would take away what the others show already.
+            self.shown_from = host.now() + SETTLED;
         }
         self.active = active;
-        self.open_audit(host)?;
+        self.open_backends(host)?;
         // Wake-ups go to the root that registered last. The old root may be gone soon; this one stays.
-        for purpose in [Purpose::Enforce, Purpose::Audit] {
-            if let Some(local) = self.tables.get(purpose).filter(|local| local.mailbox().is_some()) {
+        for purpose in Purpose::ALL {
+            if let Some(local) = self.backends.local(purpose).filter(|local| local.mailbox().is_some()) {
                 local.listen(host)?;
             }
+        }
+        for authority in self.backends.authorities() {
+            authority.listen(host)?;
         }
         Ok(())
     }
 
-    fn open_audit(&mut self, host: &dyn Host) -> Result<(), HostError> {
-        if self.tables.audit.is_none() && self.active.audits {
-            self.tables.audit = Some(Local::open(host, &self.active.policy.instance, Purpose::Audit)?);
+    fn open_backends(&mut self, host: &dyn Host) -> Result<(), HostError> {
+        let Active { policy: Policy { instance, backend, api, .. }, audits, .. } = &*self.active;
+        match backend {
+            Backend::Local => {
+                self.backends.open_local(host, instance, Purpose::Enforce)?;
+                if *audits {
+                    self.backends.open_local(host, instance, Purpose::Audit)?;
+                }
+            }
+            Backend::Authority(at) => {
+                self.backends.authority(host, instance, at, Purpose::Enforce)?;
+                if *audits {
+                    self.backends.authority(host, instance, at, Purpose::Audit)?;
+                }
+            }
+        }
+        if api.is_some() {
+            self.backends.open_local(host, instance, Purpose::Enforce)?;
         }
         Ok(())
     }
@@ -196,17 +207,20 @@ impl Runtime {
                 fences::forward(host, &carried, &[]);
                 return Flow::Continue;
             }
-            Intake::Reject(terms, reject) => (case(host, active, terms, None, carried), Err(reject)),
+            Intake::Reject(terms, reject) => {
+                (case(host, active, terms, None, carried), Outcome::Refused(Box::new(reject)))
+            }
             Intake::Locks(Asked { terms, owner, wants }) => {
                 let case = case(host, active, terms, Some(owner.clone()), carried);
-                let outcome = self.ask(host, &case, owner, wants);
+                let outcome = self.ask(host, id, &case, owner, wants);
                 (case, outcome)
             }
         };
-        if !matches!(outcome, Ok(Outcome::Granted(_))) {
+        if !matches!(outcome, Outcome::Granted(_)) {
             case.name_route(host);
         }
         let fate = self.absorb(host, id, case, outcome, Duration::ZERO);
+        self.call_root(host);
         // Its wait, its hold limit, the heartbeat that its TTL asks for: one may be due before the tick that is on its way.
         if self.next_due() < self.armed {
             self.arm(host);
@@ -281,15 +295,16 @@ impl Runtime {
         self.call_ended(host, id);
         let Some(Stream { mut case, state, .. }) = self.take(id) else { return };
         let purpose = case.purpose();
-        let Some(local) = self.tables.get(purpose) else { return };
+        let rules = &case.active.rules;
         match state {
             State::Waiting(_) if bug!(DisconnectForgotten) => return,
-            State::Waiting(pending) => {
-                report::cancelled(host, &case, &pending);
-                local.cancel(host, &case.active.rules, pending);
+            State::Waiting(waiting) => {
+                report::cancelled(host, &case, &waiting);
+                self.backends.cancel(host, purpose, rules, waiting);
             }
             State::Holding(held) => {
-                for grant in local.release(host, &case.active.rules, held.lease) {
+                report::released(host, &case, &held);
+                for grant in self.backends.release(host, purpose, rules, held.lease) {
                     case.name_route(host);
                     report::lost(host, &case, &grant.name, Some(grant.mode), Loss::Expired);
                 }
@@ -297,70 +312,94 @@ impl Runtime {
             State::Over(_) => return,
         }
         self.deliver(host, purpose);
+        self.call_root(host);
     }
 
     /// Ends the instance in this VM, if no stream hangs on it. What it shares with other VMs stays.
     pub fn close(&mut self, host: &dyn Host) -> bool {
-        let idle = self.streams.is_empty() && self.calls.is_empty();
+        let idle = self.streams.is_empty() && self.calls.is_empty() && self.backends.is_idle();
         if idle {
+            self.show(host, BTreeMap::new());
             self.active.telemetry.retire(host);
         }
         idle
     }
 
-    /// Asks for the locks of a stream.
-    fn ask(&mut self, host: &dyn Host, case: &Case, owner: OwnerId, wants: Vec<Want>) -> Result<Outcome, Reject> {
-        let (purpose, rules) = (case.purpose(), &case.active.rules);
-        let policy = &case.active.policy;
+    /// Asks for the locks of a stream, from its own callback.
+    fn ask(&mut self, host: &dyn Host, id: ContextId, case: &Case, owner: OwnerId, wants: Vec<Want>) -> Outcome {
         let first = wants.first().map(|want| (want.name.clone(), want.mode));
+        let asked = match &case.active.policy.backend {
+            Backend::Local => self.ask_local(host, case, owner.clone(), wants),
+            Backend::Authority(at) => self.ask_authority(host, id, case, at, owner.clone(), wants),
+        };
+        asked.unwrap_or_else(|detail| {
+            Outcome::Refused(Box::new(match first {
+                Some((lock, mode)) => Reject::Core(Refusal { lock, mode, owner, cause: Cause::Backend { detail } }),
+                None => Reject::Malformed { detail: String::from("it names no lock") },
+            }))
+        })
+    }
+
+    fn ask_local(&mut self, host: &dyn Host, case: &Case, owner: OwnerId, wants: Vec<Want>) -> Result<Outcome, String> {
+        let (purpose, rules) = (case.purpose(), &case.active.rules);
+        let reentrancy = case.active.policy.reentrancy;
         self.beat(host, purpose);
         let asked = host.now();
-        let outcome = match self.tables.get(purpose) {
+        let outcome = match self.backends.local(purpose) {
             Some(local) => local.new_lease().and_then(|lease| {
-                let owner = match policy.reentrancy {
+                let owner = match reentrancy {
                     Reentrancy::Lease => fences::branch(host, local, rules, &owner, lease, &case.carried)?,
-                    Reentrancy::Owner | Reentrancy::None => owner.clone(),
+                    Reentrancy::Owner | Reentrancy::None => owner,
                 };
                 let request = Request::new(lease, owner, case.arrived, wants, &rules.classes)
-                    .reentrant(policy.reentrancy != Reentrancy::None)
+                    .reentrant(reentrancy != Reentrancy::None)
                     .asked_by(case.terms.asked_by.clone());
-                Ok(local.acquire(host, rules, request))
+                Ok(local.acquire(host, rules, request).into())
             }),
             None => Err(StoreError::Failed(String::from("the table is not open"))),
         };
         case.active.telemetry.backend(host, host.now().since(asked));
         self.deliver(host, purpose);
-        outcome.map_err(|error| match first {
-            Some((lock, mode)) => Reject::Core(Refusal { lock, mode, owner, cause: error.into() }),
-            None => Reject::Malformed { detail: String::from("it names no lock") },
-        })
+        outcome.map_err(|error| error.to_string())
     }
 
-    /// Takes in what was decided about a stream that waited so long, and says what has to become of its request.
-    fn absorb(
+    fn ask_authority(
         &mut self,
         host: &dyn Host,
         id: ContextId,
-        case: Case,
-        outcome: Result<Outcome, Reject>,
-        waited: Duration,
-    ) -> Fate {
+        case: &Case,
+        at: &Arc<policy::Authority>,
+        owner: OwnerId,
+        wants: Vec<Want>,
+    ) -> Result<Outcome, String> {
+        let instance = &case.active.policy.instance;
+        let authority =
+            self.backends.authority(host, instance, at, case.purpose()).map_err(|error| error.to_string())?;
+        let wish = Wish { owner, wants, asked_by: case.terms.asked_by.clone(), arrived: case.arrived };
+        let waiting = authority.ask(host, id, wish).map_err(|error| error.to_string())?;
+        // It may be refused already, where the host cannot call.
+        Ok(authority.poll(host, waiting))
+    }
+
+    /// Takes in what was decided about a stream that waited so long, and says what has to become of its request.
+    fn absorb(&mut self, host: &dyn Host, id: ContextId, case: Case, outcome: Outcome, waited: Duration) -> Fate {
         let enforced = case.is_enforced();
-        if let (true, Ok(Outcome::Refused(refusal))) = (enforced, &outcome) {
+        if let (true, Outcome::Refused(reject)) = (enforced, &outcome)
+            && let Reject::Core(refusal) = &**reject
+        {
             self.remember(host, refusal, &case.terms.asked_by);
         }
         let (state, fate) = match outcome {
-            Ok(Outcome::Granted(lease)) => {
+            Outcome::Granted(lease) => {
                 report::acquired(host, &case, &lease, waited);
                 let fences = fences::of(host, &case, &lease);
-                (State::Holding(Held { lease, waited, fences }), Fate::Forward)
+                (State::Holding(Held { lease, waited, since: case.arrived + waited, fences }), Fate::Forward)
             }
-            Ok(Outcome::Waiting(pending)) => {
+            Outcome::Waiting(waiting) => {
                 let fate = if enforced && !bug!(ForwardsBeforeGrant) { Fate::Park } else { Fate::Forward };
-                (State::Waiting(pending), fate)
+                (State::Waiting(waiting), fate)
             }
-            Ok(Outcome::Refused(refusal)) => reject_or_pass(host, &case, Reject::Core(refusal), waited),
-            Err(reject) => reject_or_pass(host, &case, reject, waited),
+            Outcome::Refused(reject) => reject_or_pass(host, &case, *reject, waited),
         };
         self.put(host, id, Stream { case, state, timer: None });
         fate
@@ -384,14 +423,13 @@ impl Runtime {
 
     /// Refuses a parked request from a callback of its own stream.
     fn abandon(&mut self, host: &dyn Host, id: ContextId, cause: Cause) {
-        let Some(Stream { case, state: State::Waiting(pending), .. }) = self.take(id) else { return };
+        let Some(Stream { case, state: State::Waiting(waiting), .. }) = self.take(id) else { return };
         let purpose = case.purpose();
-        let waits_for = pending.waits_for().map(|(lock, mode)| (lock.clone(), mode));
-        let owner = pending.owner().clone();
-        if let Some(local) = self.tables.get(purpose) {
-            local.cancel(host, &case.active.rules, pending);
-        }
+        let waits_for = waiting.waits_for().map(|(lock, mode)| (lock.clone(), mode));
+        let owner = waiting.owner().clone();
+        self.backends.cancel(host, purpose, &case.active.rules, waiting);
         self.deliver(host, purpose);
+        self.call_root(host);
         let Some((lock, mode)) = waits_for else { return };
         let reject = Reject::Core(Refusal { lock, mode, owner, cause });
         let waited = host.now().since(case.arrived);
@@ -415,7 +453,7 @@ impl Runtime {
 
     /// Wakes waiters and counts what happened.
     fn deliver(&mut self, host: &dyn Host, purpose: Purpose) {
-        let Some(local) = self.tables.get(purpose) else { return };
+        let Some(local) = self.backends.local(purpose) else { return };
         let effects = local.deliver(host);
         if purpose == Purpose::Enforce {
             report::observe(host, &self.active, &effects.events);
@@ -428,7 +466,7 @@ impl Runtime {
         if let Some(timer) = stream.timer {
             self.timers.remove(&(timer, id));
         }
-        if let State::Waiting(pending) = &stream.state {
+        if let State::Waiting(Waiting::Local(pending)) = &stream.state {
             self.leases.remove(&(stream.case.purpose(), pending.lease()));
         }
         Some(stream)
@@ -437,9 +475,11 @@ impl Runtime {
     /// Puts a stream in, with the timer that its state asks for.
     fn put(&mut self, host: &dyn Host, id: ContextId, mut stream: Stream) {
         stream.timer = match &stream.state {
-            State::Waiting(pending) => {
-                self.leases.insert((stream.case.purpose(), pending.lease()), id);
-                Some(next_look(pending.poll_at(), host.now()))
+            State::Waiting(waiting) => {
+                if let Waiting::Local(pending) = waiting {
+                    self.leases.insert((stream.case.purpose(), pending.lease()), id);
+                }
+                Some(next_look(waiting.poll_at(), host.now()))
             }
             State::Holding(held) => Some(held.lease.until()),
             State::Over(_) => None,
@@ -462,7 +502,7 @@ fn case(host: &dyn Host, active: &Rc<Active>, terms: Terms, owner: Option<OwnerI
 
 /// A request that does not get its locks: whether it is answered, or goes on all the same.
 fn reject_or_pass(host: &dyn Host, case: &Case, reject: Reject, waited: Duration) -> (State, Fate) {
-    let failed = matches!(&reject, Reject::Core(Refusal { cause: Cause::Backend { .. }, .. }));
+    let failed = matches!(&reject, Reject::Core(Refusal { cause: Cause::Backend { .. } | Cause::Grace { .. }, .. }));
     if failed && (case.terms.on_backend_unavailable == OnUnavailable::Allow || bug!(FailsOpen)) {
         report::unlocked(host, case, &reject, waited);
         return (State::Over(Ended::Unlocked), Fate::Forward);

@@ -1,13 +1,14 @@
 //! What the filter tells operators: metrics and log lines. Nothing is decided here.
 
-use interlock_core::{
-    Cause, Duration, Entry, Event, Lease, LockName, Loss, Mode, OwnerId, Pending, Refusal, State, StoreError,
-};
+use interlock_core::{Cause, Duration, Entry, Event, LockName, Loss, Mode, OwnerId, Refusal, State, StoreError};
 
 use super::Active;
-use super::stream::Case;
+use super::stream::{Case, Held};
 use crate::answer::Reject;
+use crate::backend::authority::Notes;
+use crate::backend::{Lease, Waiting};
 use crate::host::{Host, HostError, Level};
+use crate::policy::Backend;
 use crate::telemetry::{self, Incident, Record};
 
 /// All locks of a request were granted.
@@ -117,10 +118,11 @@ fn record<'a>(
     }
 }
 
-/// Counts a failure of the backend, if that is what it was.
+/// Counts a failure of the backend, if that is what it was. Those of an authority are counted call by call.
 fn failed(host: &dyn Host, case: &Case, reject: &Reject) {
     if let Reject::Core(refusal) = reject
         && let Cause::Backend { .. } = refusal.cause
+        && case.active.policy.backend == Backend::Local
     {
         case.active.telemetry.backend_error(host, "store");
     }
@@ -142,8 +144,8 @@ fn log(host: &dyn Host, case: &Case, event: Incident, reject: &Reject, waited: D
 }
 
 /// Whoever asked has gone before the locks were granted.
-pub fn cancelled(host: &dyn Host, case: &Case, pending: &Pending) {
-    if let (true, Some((lock, _))) = (case.is_enforced(), pending.waits_for()) {
+pub fn cancelled(host: &dyn Host, case: &Case, waiting: &Waiting) {
+    if let (true, Some((lock, _))) = (case.is_enforced(), waiting.waits_for()) {
         case.active.telemetry.cancelled(host, lock.class(), host.now().since(case.arrived));
     }
 }
@@ -169,6 +171,26 @@ pub fn lost(host: &dyn Host, case: &Case, lock: &LockName, mode: Option<Mode>, l
         route: &case.route,
     };
     telemetry::log(host, &record);
+}
+
+/// A lease at an authority was given back, or lost. Of those in its own table the table tells.
+pub fn released(host: &dyn Host, case: &Case, held: &Held) {
+    if let (true, Lease::Authority(lease)) = (case.is_enforced(), &held.lease) {
+        let held_for = host.now().since(held.since);
+        for grant in lease.grants() {
+            case.active.telemetry.held(host, grant.name.class(), held_for);
+        }
+    }
+}
+
+/// What calls of an authority brought about.
+pub fn called(host: &dyn Host, active: &Active, notes: &Notes) {
+    for took in &notes.took {
+        active.telemetry.backend(host, *took);
+    }
+    for reason in &notes.failures {
+        active.telemetry.backend_error(host, reason);
+    }
 }
 
 /// What an operation on the table brought about.

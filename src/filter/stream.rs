@@ -2,21 +2,21 @@
 
 use std::rc::Rc;
 
-use interlock_core::{Duration, Lease, LockName, OwnerId, Pending, Time};
+use interlock_core::{Duration, LockName, OwnerId, Time};
 
 use super::Active;
 use super::intake::Terms;
 use crate::answer::Reject;
 use crate::answer::headers::FenceMember;
-use crate::backend::local::Purpose;
+use crate::backend::{Lease, Purpose, Waiting};
 use crate::host::Host;
 
 /// What a stream is doing. There is one state at a time, and the ways out take what it carries with them: nothing is
 /// released twice.
 #[derive(Debug)]
 pub enum State {
-    /// It stands in a queue: parked, or under audit forwarded already.
-    Waiting(Pending),
+    /// It stands in a queue, or waits for an answer: parked, or under audit forwarded already.
+    Waiting(Waiting),
     /// It holds its locks, and is upstream.
     Holding(Held),
     /// It holds nothing (any more). What is left is to tell the caller, where the response is not the filter's own.
@@ -30,6 +30,8 @@ pub struct Held {
     pub lease: Lease,
     /// How long it waited for it.
     pub waited: Duration,
+    /// When it was granted, as far as the filter knows.
+    pub since: Time,
     /// The fences of its grants.
     pub fences: Vec<FenceMember>,
 }

@@ -2,32 +2,126 @@
 //!
 //! All of it runs in callbacks of a root, the only place from which other streams may be answered.
 
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use interlock_core::session::BEAT;
-use interlock_core::{Cause, Duration, LockName, Loss, Mode, Refusal, Time, bug};
+use interlock_core::{Cause, Duration, LockName, Loss, Mode, Refusal, Tally, Time, bug};
 
 use super::respond::Answer;
 use super::stream::{Case, Ended, Held, State, Stream};
-use super::{Fate, Runtime, report};
+use super::{Active, Fate, Runtime, report};
 use crate::answer::Reject;
-use crate::backend::local::Purpose;
-use crate::host::{ContextId, Host, QueueId};
-use crate::policy::OnLeaseLost;
+use crate::backend::{Lease, Purpose, Waiting};
+use crate::host::{CallToken, ContextId, Host, QueueId};
+use crate::policy::{Backend, OnLeaseLost};
 
 impl Runtime {
     /// Messages have come by a queue. If it is one of this instance's, waiters of this VM were granted their locks.
     pub fn queue_ready(&mut self, host: &dyn Host, queue: QueueId) {
-        for purpose in [Purpose::Enforce, Purpose::Audit] {
-            if self.tables.get(purpose).is_some_and(|local| local.mailbox() == Some(queue)) {
+        for purpose in Purpose::ALL {
+            if self.backends.local(purpose).is_some_and(|local| local.mailbox() == Some(queue)) {
                 self.empty_mailbox(host, purpose);
                 self.arm(host);
             }
         }
+        let mut heard = false;
+        for authority in self.backends.authorities() {
+            heard |= authority.heard(host, queue);
+        }
+        if heard {
+            self.attend(host);
+            self.arm(host);
+        }
+    }
+
+    /// The answer to a call has come. `of_stream`: it came to a stream, since that had called.
+    pub fn call_answered(&mut self, host: &dyn Host, token: CallToken, headers: usize, of_stream: bool) {
+        let Some(authority) = self.backends.authorities().iter_mut().find(|authority| authority.awaits(token)) else {
+            return;
+        };
+        authority.answered(host, token, headers);
+        self.wake(host);
+        // What a stream sends, only that stream is told the answer of.
+        if of_stream {
+            self.call_root(host);
+        } else {
+            self.attend(host);
+        }
+        if self.next_due() < self.armed {
+            self.arm(host);
+        }
+    }
+
+    /// Looks after the streams of which authorities have decided something. From a callback of a root, as the host sees it.
+    fn wake(&mut self, host: &dyn Host) {
+        loop {
+            let woken: Vec<ContextId> =
+                self.backends.authorities().iter_mut().flat_map(|authority| authority.woken()).collect();
+            if woken.is_empty() {
+                break;
+            }
+            for id in woken {
+                self.look_after(host, id);
+            }
+        }
+        self.take_notes(host);
+    }
+
+    /// Sends what authorities are to be sent. Only from a callback of a root.
+    pub fn attend(&mut self, host: &dyn Host) {
+        for authority in self.backends.authorities() {
+            authority.flush(host);
+        }
+        self.wake(host);
+    }
+
+    /// Has a root send what authorities are to be sent, from a callback of a stream.
+    pub(super) fn call_root(&mut self, host: &dyn Host) {
+        for authority in self.backends.authorities() {
+            // The next tick sends it.
+            let _ = authority.call_root(host);
+        }
+        self.take_notes(host);
+    }
+
+    fn take_notes(&mut self, host: &dyn Host) {
+        for authority in self.backends.authorities() {
+            report::called(host, &self.active, &authority.take_notes());
+        }
+    }
+
+    /// Shows in the gauges what this VM has at authorities.
+    fn count_leases(&mut self, host: &dyn Host) {
+        if host.now() < self.shown_from {
+            return;
+        }
+        let mut now = BTreeMap::<String, Tally>::new();
+        for Stream { state, .. } in self.streams.values().filter(|stream| stream.case.is_enforced()) {
+            match state {
+                State::Waiting(Waiting::Authority(waiting)) => {
+                    if let Some((lock, _)) = waiting.waits_for() {
+                        now.entry(lock.class().to_owned()).or_default().waiting += 1;
+                    }
+                }
+                State::Holding(Held { lease: Lease::Authority(lease), .. }) => {
+                    for grant in lease.grants() {
+                        now.entry(grant.name.class().to_owned()).or_default().held += 1;
+                    }
+                }
+                State::Waiting(_) | State::Holding(_) | State::Over(_) => {}
+            }
+        }
+        self.show(host, now);
+    }
+
+    pub(super) fn show(&mut self, host: &dyn Host, now: BTreeMap<String, Tally>) {
+        self.active.telemetry.shown(host, &self.shown, &now);
+        self.shown = now;
     }
 
     fn empty_mailbox(&mut self, host: &dyn Host, purpose: Purpose) {
-        let woken = self.tables.get(purpose).map(|local| local.woken(host)).unwrap_or_default();
+        let woken = self.backends.local(purpose).map(|local| local.woken(host)).unwrap_or_default();
         for lease in woken {
             if let Some(id) = self.leases.get(&(purpose, lease)).copied() {
                 self.look_after(host, id);
@@ -37,11 +131,15 @@ impl Runtime {
 
     /// A tick of a root: beats, looks after whoever is due, keeps house. Says how soon the next one is needed.
     pub fn tick(&mut self, host: &dyn Host) -> Duration {
-        for purpose in [Purpose::Enforce, Purpose::Audit] {
+        for purpose in Purpose::ALL {
             self.beat(host, purpose);
         }
+        for authority in self.backends.authorities() {
+            authority.tick(host);
+        }
+        self.attend(host);
         let now = host.now();
-        for purpose in [Purpose::Enforce, Purpose::Audit] {
+        for purpose in Purpose::ALL {
             if self.doubtful.get(&purpose).is_some_and(|due| *due <= now) {
                 self.check_leases(host, purpose);
             }
@@ -52,22 +150,32 @@ impl Runtime {
         if now >= self.housekept + BEAT {
             self.housekept = now;
             self.keep_house(host);
+            self.count_leases(host);
         }
+        self.attend(host);
         self.armed = self.next_due().min(now + BEAT);
         self.armed.since(host.now())
     }
 
     /// Listens for wake-ups, and keeps house if that falls to this VM.
     fn keep_house(&mut self, host: &dyn Host) {
-        for purpose in [Purpose::Enforce, Purpose::Audit] {
+        for purpose in Purpose::ALL {
             self.listen(host, purpose);
         }
         let active = Rc::clone(&self.active);
+        for authority in self.backends.authorities() {
+            // One that is called needs a root that is there.
+            if let Err(error) = authority.listen(host) {
+                report::trouble(host, &active, &error);
+            }
+        }
+        self.retire(&active);
+        let shows = active.policy.backend == Backend::Local;
         let idle = !self.served;
-        for purpose in [Purpose::Enforce, Purpose::Audit] {
-            let Some(local) = self.tables.get(purpose) else { continue };
+        for purpose in Purpose::ALL {
+            let Some(local) = self.backends.local(purpose) else { continue };
             match local.keep_house(host, &active.rules, idle) {
-                Ok(Some(census)) if purpose == Purpose::Enforce => active.telemetry.swept(host, &census),
+                Ok(Some(census)) if purpose == Purpose::Enforce && shows => active.telemetry.swept(host, &census),
                 Ok(_) => {}
                 Err(error) => report::backend(host, &active, &error),
             }
@@ -75,10 +183,28 @@ impl Runtime {
         }
     }
 
+    /// Leaves the tables that the configuration names no more, once no request is in them.
+    fn retire(&mut self, active: &Active) {
+        self.backends.retire(&active.policy.backend);
+        if active.policy.backend == Backend::Local || active.policy.api.is_some() {
+            return;
+        }
+        let local = |stream: &Stream| {
+            matches!(
+                stream.state,
+                State::Waiting(Waiting::Local(_)) | State::Holding(Held { lease: Lease::Local(_), .. })
+            )
+        };
+        if self.calls.is_empty() && !self.streams.values().any(local) {
+            self.backends.close_locals();
+            self.doubtful.clear();
+        }
+    }
+
     /// Has wake-ups delivered to the root whose callback runs. The host tells nobody when the root that it delivers to is
     /// gone; a root that ticks is there. What was lost meanwhile is in the queue still.
     fn listen(&mut self, host: &dyn Host, purpose: Purpose) {
-        let Some(local) = self.tables.get(purpose).filter(|local| local.mailbox().is_some()) else { return };
+        let Some(local) = self.backends.local(purpose).filter(|local| local.mailbox().is_some()) else { return };
         if let Err(error) = local.listen(host) {
             report::trouble(host, &self.active, &error);
         }
@@ -94,22 +220,21 @@ impl Runtime {
         let Some(Stream { case, state, .. }) = self.take(id) else { return };
         let purpose = case.purpose();
         match state {
-            State::Waiting(pending) => {
-                let rules = Rc::clone(&case.active);
-                let Some(local) = self.tables.get(purpose) else { return };
-                let outcome = local.poll(host, &rules.rules, pending);
+            State::Waiting(waiting) => {
+                let outcome = self.backends.poll(host, purpose, &case.active.rules, waiting);
                 self.deliver(host, purpose);
                 let enforced = case.is_enforced();
                 let waited = host.now().since(case.arrived);
-                let fate = self.absorb(host, id, case, Ok(outcome), waited);
+                let fate = self.absorb(host, id, case, outcome, waited);
                 if enforced {
                     self.carry_out(host, id, fate);
                 }
             }
             State::Holding(held) => {
-                let lost = held.lease.grants().iter().find(|grant| grant.until <= host.now());
-                match lost.map(|grant| grant.name.clone()) {
-                    Some(lock) => self.lose(host, id, case, held, &lock, Loss::HoldLimit),
+                let at_limit = held.lease.grants().iter().find(|grant| grant.until <= host.now());
+                let at_limit = at_limit.map(|grant| (grant.name.clone(), Loss::HoldLimit));
+                match at_limit.or_else(|| self.backends.lost(host, &held.lease)) {
+                    Some((lock, loss)) => self.lose(host, id, case, held, &lock, loss),
                     None => self.put(host, id, Stream { case, state: State::Holding(held), timer: None }),
                 }
             }
@@ -122,16 +247,20 @@ impl Runtime {
     pub(super) fn lapsed(&mut self, host: &dyn Host, id: ContextId) -> Option<(LockName, Loss)> {
         let Stream { case, state: State::Holding(held), .. } = self.streams.get(&id)? else { return None };
         let (purpose, ttl) = (case.purpose(), held.lease.ttl());
+        if let Lease::Authority(_) = held.lease {
+            return self.backends.lost(host, &held.lease);
+        }
         let in_doubt = self.doubtful.contains_key(&purpose);
-        let sure = !in_doubt && !self.tables.get(purpose)?.may_have_lapsed(host.now(), ttl);
+        let sure = !in_doubt && !self.backends.local(purpose)?.may_have_lapsed(host.now(), ttl);
         if sure || bug!(LostLeasePasses) {
             return None;
         }
         // What nobody took is kept by the heartbeat that is late.
         self.beat(host, purpose);
         let Stream { case, state: State::Holding(held), .. } = self.streams.get(&id)? else { return None };
+        let Lease::Local(lease) = &held.lease else { return None };
         // What cannot be read now is looked at again by the next tick, and at the end of the stream.
-        self.tables.get(purpose)?.check(host, &case.active.rules, &held.lease).ok().flatten()
+        self.backends.local(purpose)?.check(host, &case.active.rules, lease).ok().flatten()
     }
 
     /// A lease has ended while its request was upstream. From a callback of a root, or of the stream itself.
@@ -148,10 +277,9 @@ impl Runtime {
         let mode =
             held.lease.grants().iter().find(|grant| grant.name == *lock).map_or(Mode::Exclusive, |grant| grant.mode);
         let (owner, waited) = (held.lease.owner().clone(), held.waited);
-        if let Some(local) = self.tables.get(purpose) {
-            // What it still holds goes with it.
-            local.release(host, &case.active.rules, held.lease);
-        }
+        report::released(host, &case, &held);
+        // What it still holds goes with it.
+        self.backends.release(host, purpose, &case.active.rules, held.lease);
         self.deliver(host, purpose);
         let _ = host.within(id, |host| case.name_route(host));
         report::lost(host, &case, lock, Some(mode), loss);
@@ -171,7 +299,7 @@ impl Runtime {
     /// callback of a root may do.
     pub(super) fn beat(&mut self, host: &dyn Host, purpose: Purpose) {
         let active = Rc::clone(&self.active);
-        let Some(local) = self.tables.get(purpose) else { return };
+        let Some(local) = self.backends.local(purpose) else { return };
         match local.beat(host, &active.rules) {
             Ok(false) => {}
             Ok(true) => drop(self.doubtful.insert(purpose, Time::ZERO)),
@@ -184,11 +312,11 @@ impl Runtime {
         let mut lost = Vec::new();
         let mut unknown = false;
         for (id, Stream { case, state, .. }) in &self.streams {
-            let State::Holding(held) = state else { continue };
+            let State::Holding(Held { lease: Lease::Local(lease), .. }) = state else { continue };
             if case.purpose() != purpose {
                 continue;
             }
-            match self.tables.get(purpose).map(|local| local.check(host, &case.active.rules, &held.lease)) {
+            match self.backends.local(purpose).map(|local| local.check(host, &case.active.rules, lease)) {
                 Some(Ok(Some((lock, loss)))) => lost.push((*id, lock, loss)),
                 Some(Ok(None)) | None => {}
                 Some(Err(_)) => unknown = true,
@@ -210,7 +338,7 @@ impl Runtime {
     pub(super) fn next_due(&self) -> Time {
         let timer = self.timers.first().map(|(due, _)| *due);
         let doubts = self.doubtful.values().copied();
-        timer.into_iter().chain(doubts).fold(self.tables.next_beat(), Time::min)
+        timer.into_iter().chain(doubts).fold(self.backends.next_due(), Time::min)
     }
 
     /// Sees to it that the next tick comes when it is needed.

@@ -6,7 +6,7 @@ use super::reader::{PolicyError, Reader};
 use super::{keys, matches, parse};
 
 /// Where the API is, unless the policy says otherwise.
-const PREFIX: &str = "/interlock/v1";
+pub(super) const PREFIX: &str = "/interlock/v1";
 
 /// The lease API as a policy has it.
 #[derive(Clone)]
@@ -32,18 +32,7 @@ impl std::fmt::Debug for Api {
 impl Api {
     pub(super) fn read(at: &Reader<'_>, env: &dyn Fn(&str) -> Option<String>) -> Result<Self, PolicyError> {
         let object = at.object(&["prefix", "admin"])?;
-        let prefix = object.read("prefix", |at| {
-            let text = at.text()?;
-            let fits = text.len() > 1
-                && text.len() <= 256
-                && text.starts_with('/')
-                && !text.ends_with('/')
-                && text.bytes().all(|byte| byte.is_ascii_graphic() && !b"?#%".contains(&byte));
-            if fits {
-                return Ok(text.to_owned());
-            }
-            Err(at.error("is no prefix of paths; write one such as \"/interlock/v1\", with no slash at its end"))
-        })?;
+        let prefix = object.read("prefix", prefix)?;
         let mut api = Api { prefix: prefix.unwrap_or_else(|| PREFIX.to_owned()), principals: Vec::new(), token: None };
         if let Some(admin) = object.get("admin") {
             let object = admin.object(&["principals", "token"])?;
@@ -78,6 +67,20 @@ impl Api {
         let digest = bearer.map(|token| <[u8; 32]>::from(Sha256::digest(token)));
         principal.is_some_and(named) || (digest.is_some() && digest == self.token)
     }
+}
+
+/// What all paths of an API begin with.
+pub(super) fn prefix(at: Reader<'_>) -> Result<String, PolicyError> {
+    let text = at.text()?;
+    let fits = text.len() > 1
+        && text.len() <= 256
+        && text.starts_with('/')
+        && !text.ends_with('/')
+        && text.bytes().all(|byte| byte.is_ascii_graphic() && !b"?#%".contains(&byte));
+    if fits {
+        return Ok(text.to_owned());
+    }
+    Err(at.error("is no prefix of paths; write one such as \"/interlock/v1\", with no slash at its end"))
 }
 
 #[cfg(test)]

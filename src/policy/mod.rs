@@ -4,6 +4,7 @@
 //! what is done about a request.
 
 mod api;
+mod backend;
 mod duration;
 mod keys;
 mod parse;
@@ -25,6 +26,7 @@ use std::time::Duration;
 use interlock_core::{Classes, Mode, Want};
 
 pub use api::Api;
+pub use backend::{Authority, Backend};
 pub use duration::{LONGEST, parse as parse_duration, spell as spell_duration};
 pub use keys::{BadSignature, Keys};
 pub use reader::PolicyError;
@@ -67,13 +69,6 @@ pub enum Reentrancy {
     Lease,
     /// None.
     None,
-}
-
-/// Where the lock table is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Backend {
-    /// In this Envoy's shared data.
-    Local,
 }
 
 /// What becomes of a request when the backend does not answer.

@@ -6,11 +6,11 @@ use std::time::Duration;
 use interlock_core::{Class, Classes, LockName, Mode, Rank, Within};
 
 use super::duration::{LONGEST, spell};
-use super::reader::{Object, PolicyError, Reader, hint, list, quote};
+use super::reader::{Object, PolicyError, Reader, quote};
 use super::share::{self, Percentage};
 use super::{
     Annotations, Api, Backend, Defaults, Enforcement, HeaderAnnotations, Keys, Limits, MIN_TTL, OnUnavailable, Policy,
-    Reentrancy, RouteAnnotations, parse_rules, wire,
+    Reentrancy, RouteAnnotations, backend, parse_rules, wire,
 };
 use crate::annotation::owner::OwnerSource;
 
@@ -44,7 +44,7 @@ pub(super) fn policy(configuration: &[u8], env: &dyn Fn(&str) -> Option<String>)
     let instance = object.read("instance", |at| at.identifier().map(str::to_owned))?;
     let enforcement = object.read("enforcement", enforcement_of)?;
     let owner_from = object.read("owner", owner)?;
-    let backend = object.read("backend", backend)?;
+    let backend = object.read("backend", backend::backend)?.unwrap_or(Backend::Local);
     let on_backend_unavailable =
         object.read("on_backend_unavailable", |at| at.word("an answer to a backend that is away", &ON_UNAVAILABLE))?;
     let limits = limits(object.get("limits"))?;
@@ -53,14 +53,19 @@ pub(super) fn policy(configuration: &[u8], env: &dyn Fn(&str) -> Option<String>)
     let annotations = annotations(object.get("annotations"))?;
     let keys = object.read("keys", |at| Keys::read(&at, env))?.unwrap_or_default();
     let reentrancy = reentrancy(&object, &keys)?;
+    backend::check_reentrancy(&object, &backend, reentrancy)?;
     let api = object.read("api", |at| Api::read(&at, env))?;
+    if api.is_some() && backend != Backend::Local {
+        let problem = "serves the table in this Envoy, and the locks are at an authority; leave out api, or backend";
+        return Err(object.error_at("api", problem));
+    }
 
     let mut policy = Policy {
         instance: instance.unwrap_or_else(|| "interlock".into()),
         enforcement: enforcement.unwrap_or(Enforcement::Enforce),
         owner_from: owner_from.unwrap_or_else(|| vec![OwnerSource::Traceparent, OwnerSource::RequestId]),
         reentrancy,
-        backend: backend.unwrap_or(Backend::Local),
+        backend,
         on_backend_unavailable: on_backend_unavailable.unwrap_or(OnUnavailable::Reject),
         defaults,
         limits,
@@ -127,23 +132,6 @@ fn reentrancy(object: &Object<'_>, keys: &Keys) -> Result<Reentrancy, PolicyErro
         return Err(object.error_at("reentrancy", problem));
     }
     Ok(reentrancy.unwrap_or(Reentrancy::Owner))
-}
-
-fn backend(at: Reader<'_>) -> Result<Backend, PolicyError> {
-    let words = ["local", "authority", "etcd", "redis"];
-    let entries = at.entries()?;
-    for (name, place) in &entries {
-        if !words.contains(name) {
-            let hint = hint(name, words, || format!("; use {}", list(&words)));
-            return Err(place.error(format!("{} is not a backend{hint}", quote(name))));
-        }
-    }
-    match entries.as_slice() {
-        [("local", place)] => place.object(&[]).map(|_| Backend::Local),
-        [(_, place)] => Err(place.error("this build has no such backend yet; use local")),
-        [] => Err(at.error("names no backend; write { local: {} }")),
-        [_, _, ..] => Err(at.error("names several backends; keep one of them")),
-    }
 }
 
 fn limits(at: Option<Reader<'_>>) -> Result<Limits, PolicyError> {

@@ -273,8 +273,8 @@ fn owners_and_backends_are_checked() {
         &json!({ "reentrancy": "lease" }),
         "reentrancy: \"lease\" needs signed fences, and there are no keys; add keys, or use \"owner\"",
     );
-    for later in ["authority", "etcd", "redis"] {
-        let line = format!("backend.{later}: this build has no such backend yet; use local");
+    for later in ["etcd", "redis"] {
+        let line = format!("backend.{later}: this build has no such backend yet; use local or authority");
         refused(&json!({ "backend": { later: { "cluster": "x" } } }), &line);
     }
     refused(&json!({ "backend": { "ectd": {} } }), "backend.ectd: \"ectd\" is not a backend; did you mean \"etcd\"?");
@@ -289,6 +289,51 @@ fn owners_and_backends_are_checked() {
         "backend.local.size: there is no such field; leave it out",
     );
     refused(&json!({ "backend": "local" }), "backend: is a string; write an object");
+}
+
+#[test]
+fn an_authority_is_a_cluster_a_prefix_and_a_timeout() {
+    let at = |authority: Value| match parse(&json!({ "backend": { "authority": authority } })).unwrap().backend {
+        Backend::Authority(at) => at,
+        Backend::Local => panic!("another backend"),
+    };
+    let short = at(json!({ "cluster": "leases" }));
+    assert_eq!((short.cluster.as_str(), short.prefix.as_str()), ("leases", "/interlock/v1"));
+    assert_eq!(short.timeout, Duration::from_millis(250));
+    let long = at(json!({ "cluster": "outbound|80||leases.mesh", "prefix": "/l", "timeout": "1.5s" }));
+    assert_eq!((long.prefix.as_str(), long.timeout), ("/l", Duration::from_millis(1500)));
+
+    let refused_at = |authority: Value, line: &str| refused(&json!({ "backend": { "authority": authority } }), line);
+    refused_at(json!({}), "backend.authority.cluster: is missing; it has no default");
+    refused_at(
+        json!({ "cluster": "" }),
+        "backend.authority.cluster: is no name of a cluster; write that of the cluster in Envoy's configuration, such as \
+         \"interlock-authority\"",
+    );
+    refused_at(
+        json!({ "cluster": "leases", "prefix": "l/" }),
+        "backend.authority.prefix: is no prefix of paths; write one such as \"/interlock/v1\", with no slash at its end",
+    );
+    for timeout in ["0s", "9ms", "31s"] {
+        refused_at(
+            json!({ "cluster": "leases", "timeout": timeout }),
+            "backend.authority.timeout: is no timeout for an authority; write \"10ms\" to \"30s\"",
+        );
+    }
+    refused_at(
+        json!({ "cluster": "leases", "token": "x" }),
+        "backend.authority.token: there is no such field; the fields here are cluster, prefix, timeout",
+    );
+    let with = |field: &str, value: Value| json!({ "backend": { "authority": { "cluster": "leases" } }, field: value });
+    refused(
+        &with("reentrancy", json!("none")),
+        "reentrancy: is decided by the authority; leave the field out here and write it into the authority's policy \
+         (\"lease\" is for the local backend only)",
+    );
+    refused(
+        &with("api", json!({})),
+        "api: serves the table in this Envoy, and the locks are at an authority; leave out api, or backend",
+    );
 }
 
 #[test]

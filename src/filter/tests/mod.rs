@@ -1,10 +1,13 @@
 //! The filter as a whole, over a fake proxy with a virtual clock: what callers and upstreams see of it, whatever fails.
 
 mod annotate;
+mod authority;
 mod budget;
 mod calls;
 mod faults;
+mod lies;
 mod life;
+mod link;
 mod liveness;
 mod proxy;
 mod queues;

@@ -13,8 +13,8 @@ use interlock_core::{Duration, Entry, Time};
 use serde_json::Value;
 
 use crate::filter::{Active, Flow, Runtime};
-use crate::host::fake::{Calls, FakeHost, FakeProxy, FakeStream, Phase};
-use crate::host::{ContextId, Host};
+use crate::host::fake::{CallAnswer, Calls, FakeHost, FakeProxy, FakeStream, Phase, SentCall};
+use crate::host::{CallToken, ContextId, Host};
 use crate::policy::Policy;
 
 type Shared = Rc<RefCell<Runtime>>;
@@ -154,6 +154,38 @@ impl Vm {
         self.host.run(None);
         runtime.borrow_mut().queue_ready(&self.host, queue);
         self.settle();
+    }
+
+    /// The host has an answer to a call. False where nobody is told of it.
+    pub(super) fn call_answer(&self, token: CallToken, answer: CallAnswer) -> bool {
+        let headers = answer.count();
+        let Some(call) = self.host.answer_call(token, answer) else { return false };
+        let all: Vec<Shared> = self.instances.borrow().values().cloned().collect();
+        for runtime in all {
+            runtime.borrow_mut().call_answered(&self.host, token, headers, call.stream.is_some());
+        }
+        self.host.answered_call();
+        self.settle();
+        true
+    }
+
+    /// Whether nothing is asked for, held or to be given back at an authority.
+    pub(super) fn is_idle(&self) -> bool {
+        self.instances.borrow().values().all(|runtime| runtime.borrow().backends.is_idle())
+    }
+
+    /// The instances that live in it.
+    pub(super) fn instances(&self) -> Vec<String> {
+        self.instances.borrow().keys().cloned().collect()
+    }
+
+    /// The last callback of a root, before the process ends.
+    pub(super) fn root_done(&self, root: u32) {
+        self.host.set_root(root);
+        self.host.run(None);
+        for runtime in self.instances.borrow().values() {
+            runtime.borrow_mut().attend(&self.host);
+        }
     }
 
     /// The request headers of a new stream, of that root or else of the latest one.
@@ -350,10 +382,22 @@ impl Proxy {
         }
     }
 
-    /// Delivers what is in the queues, then jumps to the next tick and runs it. False where none comes until `end`; the
-    /// clock shows `end` then.
-    fn step(&self, end: Time) -> bool {
+    /// The calls of a VM that are not answered.
+    pub(super) fn open_calls(&self, vm: usize) -> Vec<SentCall> {
+        self.vm(vm).host.open_calls()
+    }
+
+    /// Delivers what is in the queues, then jumps to the next tick or the end of a call's time, and runs that. False where none
+    /// comes until `end`; the clock shows `end` then.
+    pub(super) fn step(&self, end: Time) -> bool {
         self.deliver();
+        let late = {
+            let vms = self.vms.borrow();
+            let awake = vms.iter().filter(|vm| !vm.silent.get() && !vm.dead.get());
+            let calls =
+                awake.flat_map(|vm| vm.host.open_calls().into_iter().map(|call| (call.due, call.token, Rc::clone(vm))));
+            calls.min_by_key(|(due, token, _)| (*due, *token))
+        };
         let next = {
             let vms = self.vms.borrow();
             let awake = vms.iter().filter(|vm| !vm.silent.get() && !vm.dead.get());
@@ -361,6 +405,13 @@ impl Proxy {
             ticks.min_by_key(|(due, root, _)| (*due, *root))
         };
         let now = self.now();
+        if let Some((due, token, vm)) = late.filter(|(late, ..)| *late <= end)
+            && next.as_ref().is_none_or(|(tick, ..)| due <= *tick)
+        {
+            self.fake.advance(due.since(now));
+            vm.call_answer(token, CallAnswer::new(504, b"upstream request timeout"));
+            return true;
+        }
         match next.filter(|(due, ..)| *due <= end) {
             Some((due, root, vm)) => {
                 self.fake.advance(due.since(now));

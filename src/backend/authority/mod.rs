@@ -1,0 +1,492 @@
+//! The authority backend: the lock table is another Envoy's, and this VM asks for leases by its lease API.
+//!
+//! What lives here: messages as calls of the host, and their answers; which stream a lease is for. When to ask again, to
+//! renew and to give back is decided by [`Client`], in the core.
+//!
+//! # Who is told of an answer
+//! The host tells the context that sent a call, and nobody where that is a stream that has gone. So only the first message
+//! of a request is sent from its stream: that saves a way over the VM's own mailbox, and while the stream is parked it is
+//! there to be told. Whatever else there is to send waits in an outbox for a callback of a root, which a stream that leaves
+//! something in it asks for, once, by a message to the VM's own queue. What never gets an answer is given up by its time.
+
+mod answers;
+mod floors;
+mod send;
+mod wire;
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use interlock_core::lease::{Ask, CallId, Client, Do, Ticket};
+use interlock_core::{Cause, Duration, Grant, LeaseId, LockName, Loss, OwnerId, Refusal, Time, Want};
+
+use super::{Outcome, Purpose};
+use crate::answer::Reject;
+use crate::api::told::{Asked as AskedLock, Granted};
+use crate::host::{CallToken, ContextId, Host, HostError, QueueId};
+use crate::policy::Authority as At;
+use floors::Floors;
+
+/// How long after its timeout a call that nobody told us of is given up.
+const SLACK: Duration = Duration::from_millis(500);
+
+/// How long the connection to the authority is left alone before something is sent to keep it.
+const WARM: Duration = Duration::from_secs(15);
+
+/// What a request asks for.
+#[derive(Clone, Debug)]
+pub struct Wish {
+    /// For whom.
+    pub owner: OwnerId,
+    /// Which locks; each once, and one at least.
+    pub wants: Vec<Want>,
+    /// Who asks, for people to read.
+    pub asked_by: String,
+    /// When the request came in.
+    pub arrived: Time,
+}
+
+impl Wish {
+    fn wait(&self) -> Duration {
+        self.wants.iter().map(|want| want.wait).max().unwrap_or_default()
+    }
+
+    fn ttl(&self) -> Duration {
+        self.wants.iter().map(|want| want.ttl).min().unwrap_or_default()
+    }
+
+    fn hold(&self) -> Duration {
+        self.wants.iter().map(|want| want.hold).min().unwrap_or_default()
+    }
+}
+
+/// A request that waits for its lease.
+#[derive(Debug)]
+pub struct Waiting {
+    authority: u32,
+    stream: ContextId,
+    owner: OwnerId,
+    first: Option<(LockName, interlock_core::Mode)>,
+}
+
+impl Waiting {
+    /// Which client it waits at.
+    pub fn authority(&self) -> u32 {
+        self.authority
+    }
+
+    /// Who waits.
+    pub fn owner(&self) -> &OwnerId {
+        &self.owner
+    }
+
+    /// The first lock that it asks for: only the authority knows for which of them it waits.
+    pub fn waits_for(&self) -> Option<(&LockName, interlock_core::Mode)> {
+        self.first.as_ref().map(|(lock, mode)| (lock, *mode))
+    }
+}
+
+/// A lease that a request holds.
+#[derive(Debug)]
+pub struct Lease {
+    authority: u32,
+    stream: ContextId,
+    owner: OwnerId,
+    grants: Vec<Grant>,
+}
+
+impl Lease {
+    /// Which client holds it.
+    pub fn authority(&self) -> u32 {
+        self.authority
+    }
+
+    /// Who holds.
+    pub fn owner(&self) -> &OwnerId {
+        &self.owner
+    }
+
+    /// What it holds.
+    pub fn grants(&self) -> &[Grant] {
+        &self.grants
+    }
+}
+
+/// What has become of a request, as far as its stream was not told.
+#[derive(Debug)]
+enum News {
+    Granted(Rc<Granted>),
+    Refused(Box<Reject>),
+    Lost(Loss),
+}
+
+/// A request that waits or holds.
+#[derive(Debug)]
+struct Entry {
+    wish: Wish,
+    locks: Vec<AskedLock>,
+    lease: LeaseId,
+    /// The call that the stream itself waits for.
+    own: Option<CallToken>,
+    /// Since when its calls have failed.
+    failing: Option<Time>,
+    news: Option<News>,
+}
+
+/// A call that is not answered.
+#[derive(Debug)]
+struct Sent {
+    at: Time,
+    due: Time,
+    what: What,
+}
+
+#[derive(Debug)]
+enum What {
+    Put {
+        call: CallId,
+        stream: ContextId,
+        lease: LeaseId,
+    },
+    Renew {
+        call: CallId,
+        leases: Vec<LeaseId>,
+    },
+    Delete {
+        call: CallId,
+    },
+    /// Only to have the connection open.
+    Warm,
+}
+
+/// A renewal that went out in several messages.
+#[derive(Debug, Default)]
+struct Renewal {
+    open: usize,
+    answers: Vec<(LeaseId, Option<Duration>)>,
+}
+
+/// What happened that operators want to know.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Notes {
+    /// How long the authority took for calls, its waiting aside.
+    pub took: Vec<Duration>,
+    /// How it failed, each in one word.
+    pub failures: Vec<&'static str>,
+}
+
+/// The leases of one VM at one authority.
+pub struct Authority {
+    /// Tells the clients of this VM apart.
+    number: u32,
+    at: Arc<At>,
+    purpose: Purpose,
+    /// `at`, with the prefix of this purpose.
+    target: At,
+    client: Client<Rc<Granted>, Box<Reject>>,
+    entries: HashMap<ContextId, Entry>,
+    sent: HashMap<CallToken, Sent>,
+    due: BTreeSet<(Time, CallToken)>,
+    renewals: HashMap<CallId, Renewal>,
+    outbox: VecDeque<Do<Rc<Granted>, Box<Reject>>>,
+    /// Not later than the client has something to do.
+    client_due: Time,
+    woken: Vec<ContextId>,
+    notes: Notes,
+    floors: Floors,
+    mailbox_name: String,
+    mailbox: Option<QueueId>,
+    /// Whether a root was asked to send what is in the outbox.
+    called: bool,
+    /// When something is sent to keep the connection.
+    warm_at: Time,
+}
+
+impl Authority {
+    /// A client of an authority. Nothing is sent yet.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn open(
+        host: &dyn Host,
+        instance: &str,
+        number: u32,
+        at: Arc<At>,
+        purpose: Purpose,
+    ) -> Result<Self, HostError> {
+        let mut target = (*at).clone();
+        if purpose == Purpose::Audit {
+            target.prefix.push_str("/audit");
+        }
+        Ok(Authority {
+            number,
+            client: Client::new(at.timeout),
+            at,
+            purpose,
+            target,
+            entries: HashMap::new(),
+            sent: HashMap::new(),
+            due: BTreeSet::new(),
+            renewals: HashMap::new(),
+            outbox: VecDeque::new(),
+            client_due: Time::NEVER,
+            woken: Vec::new(),
+            notes: Notes::default(),
+            floors: Floors::default(),
+            mailbox_name: format!("interlock/out/{instance}/{:032x}", host.random()?),
+            mailbox: None,
+            called: false,
+            warm_at: Time::ZERO,
+        })
+    }
+
+    /// What tells this client from others of this VM.
+    pub fn number(&self) -> u32 {
+        self.number
+    }
+
+    /// Whether it is the client of this authority, for this purpose.
+    pub fn is(&self, at: &At, purpose: Purpose) -> bool {
+        self.purpose == purpose && *self.at == *at
+    }
+
+    /// Whether nothing is asked for, held or to be given back, and no answer awaited that matters.
+    pub fn is_idle(&self) -> bool {
+        self.client.is_idle() && self.entries.is_empty()
+    }
+
+    /// Asks for a lease, from the callback of the stream that it is for. Then see [`Authority::poll`].
+    ///
+    /// # Errors
+    /// Where the host has no randomness for an id.
+    pub fn ask(&mut self, host: &dyn Host, stream: ContextId, wish: Wish) -> Result<Waiting, HostError> {
+        let now = host.now();
+        let lease = LeaseId(host.random()?);
+        let ask = Ask {
+            owner: wish.owner.clone(),
+            locks: wish.wants.iter().map(|want| (want.name.clone(), want.mode)).collect(),
+            deadline: wish.arrived + wish.wait(),
+            ttl: wish.ttl(),
+            hold: wish.hold(),
+        };
+        let lock = |want: &Want| AskedLock {
+            name: want.name.clone(),
+            mode: want.mode,
+            floor: self.floors.of(&want.name, want.mode),
+        };
+        let waiting = Waiting {
+            authority: self.number,
+            stream,
+            owner: wish.owner.clone(),
+            first: wish.wants.first().map(|want| (want.name.clone(), want.mode)),
+        };
+        let locks = wish.wants.iter().map(lock).collect();
+        self.entries.insert(stream, Entry { wish, locks, lease, own: None, failing: None, news: None });
+        self.client.ask(now, Ticket(u64::from(stream.0)), lease, ask);
+        // The client leaves one thing to do: to ask.
+        for put in self.client.take() {
+            self.send(host, put, Some(stream));
+        }
+        self.note();
+        Ok(waiting)
+    }
+
+    /// What has become of a request that waits.
+    pub fn poll(&mut self, host: &dyn Host, waiting: Waiting) -> Outcome {
+        let stream = waiting.stream;
+        let Some(entry) = self.entries.get_mut(&stream) else {
+            return Outcome::Refused(Box::new(unavailable(&waiting, "nothing is known of the request any more")));
+        };
+        match entry.news.take() {
+            None => Outcome::Waiting(super::Waiting::Authority(waiting)),
+            Some(News::Granted(granted)) => {
+                let until = host.now() + entry.wish.hold();
+                let ttl = granted.ttl;
+                let grant = |(name, mode, fence): &(LockName, _, _)| Grant {
+                    name: name.clone(),
+                    mode: *mode,
+                    fence: *fence,
+                    until,
+                    ttl,
+                    asked: true,
+                };
+                let grants = granted.locks.iter().map(grant).collect();
+                let lease = Lease { authority: self.number, stream, owner: waiting.owner, grants };
+                Outcome::Granted(super::Lease::Authority(lease))
+            }
+            Some(News::Refused(reject)) => {
+                self.entries.remove(&stream);
+                Outcome::Refused(reject)
+            }
+            Some(News::Lost(loss)) => {
+                self.entries.remove(&stream);
+                Outcome::Refused(Box::new(refusal(&waiting, Cause::LeaseLost { loss })))
+            }
+        }
+    }
+
+    /// A request that waits is given up.
+    pub fn cancel(&mut self, host: &dyn Host, waiting: Waiting) {
+        self.leave(host, waiting.stream);
+    }
+
+    /// A lease has come to its end. Tells of its grants if they had ended before.
+    pub fn release(&mut self, host: &dyn Host, lease: Lease) -> Vec<Grant> {
+        let lost = self.loss(host, &lease).is_some();
+        self.leave(host, lease.stream);
+        if lost { lease.grants } else { Vec::new() }
+    }
+
+    /// How a lease has ended, if it has.
+    pub fn loss(&mut self, host: &dyn Host, lease: &Lease) -> Option<Loss> {
+        let Some(entry) = self.entries.get(&lease.stream) else { return Some(Loss::Expired) };
+        match &entry.news {
+            Some(News::Lost(loss)) => Some(*loss),
+            _ => (!self.client.holds(entry.lease, host.now())).then_some(Loss::Expired),
+        }
+    }
+
+    fn leave(&mut self, host: &dyn Host, stream: ContextId) {
+        let Some(entry) = self.entries.remove(&stream) else { return };
+        let now = host.now();
+        self.client.release(now, entry.lease);
+        // Nobody will be told of the answer that the stream waited for.
+        if let Some(token) = entry.own {
+            self.give_up(now, token);
+        }
+        self.note();
+    }
+
+    /// Whether the answer to a call is for this client.
+    pub fn awaits(&self, token: CallToken) -> bool {
+        self.sent.contains_key(&token)
+    }
+
+    /// Does what it is time for; then see [`Authority::flush`].
+    pub fn tick(&mut self, host: &dyn Host) {
+        let now = host.now();
+        while let Some((_, token)) = self.due.first().copied().filter(|(due, _)| *due <= now) {
+            self.notes.failures.push("no-answer");
+            self.give_up(now, token);
+        }
+        if self.client_due <= now {
+            self.client.tick(now);
+            self.client_due = self.client.due();
+        }
+        self.note();
+        if self.warm_at <= now {
+            self.warm_at = now + WARM;
+            let timeout = self.at.timeout;
+            // Nobody waits for it, so nobody needs to know if it fails.
+            if let Ok(token) = wire::send(host, &self.target, ("GET", "health"), &[], timeout) {
+                self.keep_sent(token, Sent { at: now, due: now + timeout + SLACK, what: What::Warm });
+            }
+        }
+    }
+
+    /// When [`Authority::tick`] has something to do.
+    pub fn next_due(&self) -> Time {
+        let answer = self.due.first().map_or(Time::NEVER, |(due, _)| *due);
+        answer.min(self.client_due).min(self.warm_at)
+    }
+
+    /// Sends what is to be sent, from a callback of a root.
+    pub fn flush(&mut self, host: &dyn Host) {
+        self.called = false;
+        while let Some(next) = self.outbox.pop_front() {
+            self.send(host, next, None);
+            self.note();
+        }
+    }
+
+    /// Has a root send what is to be sent, from a callback of a stream.
+    ///
+    /// # Errors
+    /// Those of the host. The next tick sends it.
+    pub fn call_root(&mut self, host: &dyn Host) -> Result<(), HostError> {
+        if self.called || self.outbox.is_empty() {
+            return Ok(());
+        }
+        let mailbox = match self.mailbox {
+            Some(mailbox) => mailbox,
+            None => self.listen(host)?,
+        };
+        host.enqueue(mailbox, b"!")?;
+        self.called = true;
+        Ok(())
+    }
+
+    /// Makes the root whose callback runs the one that is called.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn listen(&mut self, host: &dyn Host) -> Result<QueueId, HostError> {
+        let mailbox = host.register_queue(&self.mailbox_name)?;
+        self.mailbox = Some(mailbox);
+        Ok(mailbox)
+    }
+
+    /// Whether a root is called by this queue; empties it then.
+    pub fn heard(&mut self, host: &dyn Host, queue: QueueId) -> bool {
+        let mine = self.mailbox == Some(queue);
+        if mine {
+            while let Ok(Some(_)) = host.dequeue(queue) {}
+        }
+        mine
+    }
+
+    /// The streams of which something was decided since this was last asked.
+    pub fn woken(&mut self) -> Vec<ContextId> {
+        core::mem::take(&mut self.woken)
+    }
+
+    /// What happened since this was last asked.
+    pub fn take_notes(&mut self) -> Notes {
+        core::mem::take(&mut self.notes)
+    }
+
+    /// Takes over what the client wants done.
+    fn note(&mut self) {
+        for next in self.client.take() {
+            let (ticket, news) = match next {
+                Do::Put { .. } | Do::Renew { .. } | Do::Delete { .. } => {
+                    self.outbox.push_back(next);
+                    continue;
+                }
+                Do::Granted { ticket, grant, .. } => (ticket, News::Granted(grant)),
+                Do::Refused { ticket, why } => (ticket, News::Refused(why)),
+                Do::Lost { ticket, loss } => (ticket, News::Lost(loss)),
+            };
+            let Ok(stream) = u32::try_from(ticket.0).map(ContextId) else { continue };
+            if let Some(entry) = self.entries.get_mut(&stream) {
+                entry.news = Some(news);
+                self.woken.push(stream);
+            }
+        }
+    }
+
+    fn keep_sent(&mut self, token: CallToken, sent: Sent) {
+        self.due.insert((sent.due, token));
+        self.sent.insert(token, sent);
+    }
+
+    fn drop_sent(&mut self, token: CallToken) -> Option<Sent> {
+        let sent = self.sent.remove(&token)?;
+        self.due.remove(&(sent.due, token));
+        Some(sent)
+    }
+}
+
+fn refusal(waiting: &Waiting, cause: Cause) -> Reject {
+    match &waiting.first {
+        Some((lock, mode)) => {
+            Reject::Core(Refusal { lock: lock.clone(), mode: *mode, owner: waiting.owner.clone(), cause })
+        }
+        None => Reject::Malformed { detail: String::from("it names no lock") },
+    }
+}
+
+fn unavailable(waiting: &Waiting, detail: &str) -> Reject {
+    refusal(waiting, Cause::Backend { detail: detail.to_owned() })
+}
