@@ -12,6 +12,7 @@ mod world;
 
 mod api;
 mod audit;
+mod authority;
 mod ends;
 mod faults;
 mod grants;

@@ -75,7 +75,17 @@ impl Build {
 
     fn cargo(&self, command: &str) -> Command {
         let mut cargo = tools::cargo();
-        cargo.args([command, "--profile", PROFILE, "--package", "interlock", "--lib", "--target", TARGET, "--target-dir"]);
+        cargo.args([
+            command,
+            "--profile",
+            PROFILE,
+            "--package",
+            "interlock",
+            "--lib",
+            "--target",
+            TARGET,
+            "--target-dir",
+        ]);
         cargo.arg(self.target_dir()).args(self.features);
         cargo
     }

@@ -1,0 +1,215 @@
+//! An authority and sidecars that ask it, each a real Envoy with the configuration that ships; and between them a relay that
+//! stays where it is while the authority is killed and started again.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+
+use hyper::Method;
+use interlock_testkit::client::Ask;
+use interlock_testkit::{Answer, Client, DEADLINE, Envoy, EnvoyConfig, Upstream, tools, wait_for_async};
+use serde_json::{Value, json};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::AbortHandle;
+
+use crate::common::reloads;
+
+/// The longest TTL at the authority, and so the time for which one that was started grants nothing.
+const GRACE: &str = "2s";
+
+/// Passes connections on to wherever the authority is now.
+pub struct Relay {
+    address: SocketAddr,
+    target: Arc<Mutex<Option<SocketAddr>>>,
+    task: AbortHandle,
+}
+
+impl Relay {
+    async fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let target = Arc::new(Mutex::new(None));
+        let to = Arc::clone(&target);
+        let task = tokio::spawn(async move {
+            loop {
+                let Ok((mut near, _)) = listener.accept().await else { return };
+                let target = *to.lock().unwrap();
+                tokio::spawn(async move {
+                    // Where there is nobody, the connection just ends.
+                    let Some(target) = target else { return };
+                    let Ok(mut far) = TcpStream::connect(target).await else { return };
+                    let _ = tokio::io::copy_bidirectional(&mut near, &mut far).await;
+                });
+            }
+        });
+        Relay { address, target, task: task.abort_handle() }
+    }
+
+    fn point(&self, target: Option<SocketAddr>) {
+        *self.target.lock().unwrap() = target;
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// A sidecar and the service behind it.
+pub struct Sidecar {
+    pub envoy: Envoy,
+    pub upstream: Upstream,
+}
+
+impl Sidecar {
+    pub fn url(&self, path: &str) -> String {
+        format!("{}{path}", self.envoy.base_url())
+    }
+
+    /// A request for `lock` by the owner of that number, over a connection of its own.
+    pub fn ask(&self, owner: u128, path: &str, lock: &str) -> Ask {
+        Client::http1_fresh().get(self.url(path)).trace(owner).header("lock", lock)
+    }
+
+    pub async fn count(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
+        self.envoy.metric(name, labels).await.unwrap()
+    }
+
+    /// Waits until so many requests of it wait, or hold locks.
+    pub async fn until(&self, gauge: &str, count: u32) {
+        self.envoy.wait_metric(gauge, &[], |n| n == f64::from(count), DEADLINE).await;
+    }
+}
+
+/// All of it.
+pub struct Mesh {
+    pub authority: Option<Envoy>,
+    pub sidecars: Vec<Sidecar>,
+    grace: &'static str,
+    relay: Relay,
+    client: Client,
+}
+
+fn authority_policy(grace: &str) -> Value {
+    json!({
+        "instance": "authority",
+        "defaults": { "wait": "20s", "ttl": grace, "hold": "120s" },
+        "limits": { "max_ttl": grace },
+        "classes": [{ "name": "order", "within": "unordered" }, { "name": "ranked", "rank": 1 }],
+        "keys": [{ "id": "k", "secret": { "base64": "MDEyMzQ1Njc4OWFiY2RlZg==" } }],
+        "api": { "admin": { "token": { "base64": "MDEyMzQ1Njc4OWFiY2RlZg==" } } },
+    })
+}
+
+/// The policy of a sidecar: nothing ends by itself.
+pub fn policy() -> Value {
+    json!({
+        "instance": "orders",
+        "backend": { "authority": { "cluster": "interlock-authority", "timeout": "1s" } },
+        "defaults": { "wait": "20s", "ttl": "2s", "hold": "120s" },
+        "classes": [{ "name": "order" }, { "name": "ranked" }],
+    })
+}
+
+impl Mesh {
+    /// An authority that grants, and a sidecar for each of these policies.
+    pub async fn start(policies: &[Value]) -> Self {
+        Self::with_grace(GRACE, policies).await
+    }
+
+    /// The same, with an authority that was just started granting nothing for this long.
+    pub async fn with_grace(grace: &'static str, policies: &[Value]) -> Self {
+        let relay = Relay::start().await;
+        let mut mesh = Mesh { authority: None, sidecars: Vec::new(), grace, relay, client: Client::http1_fresh() };
+        mesh.set_authority(mesh.new_authority().await);
+        for policy in policies {
+            let upstream = Upstream::start().await.unwrap();
+            let file = tools::root().join("envoy/sidecar.yaml");
+            let config = EnvoyConfig::from_file(&file).unwrap().policy(policy.clone()).upstream(upstream.address());
+            let config = config.cluster("interlock-authority", mesh.relay.address);
+            // Requests are held at the upstream for as long as a test needs it.
+            let config = config.patch_routes(|routes| routes[0]["route"]["timeout"] = json!("0s"));
+            mesh.sidecars.push(Sidecar { envoy: Envoy::start(config).await.unwrap(), upstream });
+        }
+        mesh.until_ready().await;
+        mesh
+    }
+
+    /// Two sidecars.
+    pub async fn pair() -> Self {
+        Self::start(&[policy(), policy()]).await
+    }
+
+    /// An authority without memory, which nobody reaches yet.
+    pub async fn new_authority(&self) -> Envoy {
+        let file = tools::root().join("envoy/authority.yaml");
+        let config = EnvoyConfig::from_file(&file).unwrap().policy(authority_policy(self.grace));
+        Envoy::start(config).await.unwrap()
+    }
+
+    /// From now on this is the authority.
+    pub fn set_authority(&mut self, authority: Envoy) {
+        self.relay.point(Some(authority.address()));
+        self.authority = Some(authority);
+    }
+
+    /// Nothing is left of the authority: not its process, not its memory.
+    pub fn kill_authority(&mut self) {
+        self.relay.point(None);
+        self.authority.take().unwrap().kill().unwrap();
+    }
+
+    pub async fn until_ready(&self) {
+        wait_for_async("the end of the grace", DEADLINE, async || self.get("health").await.status == 200).await;
+    }
+
+    pub fn envoy(&self) -> &Envoy {
+        self.authority.as_ref().unwrap()
+    }
+
+    /// What the authority's API says.
+    pub async fn get(&self, path: &str) -> Answer {
+        let url = format!("{}/interlock/v1/{path}", self.envoy().base_url());
+        self.client.ask(Method::GET, url).send().await.unwrap()
+    }
+
+    /// Waits until so many requests wait in the authority's table for that lock.
+    pub async fn until_waiting(&self, lock: &str, count: usize) {
+        wait_for_async(&format!("{count} waiters for {lock}"), DEADLINE, async || {
+            let seen = self.get(&format!("locks/{lock}")).await.json();
+            seen["waiters"].as_array().is_some_and(|waiters| waiters.len() == count)
+        })
+        .await;
+    }
+
+    /// Waits until nobody holds that lock or waits for it, in the authority's table.
+    pub async fn until_free(&self, lock: &str) {
+        wait_for_async(&format!("{lock} to be free"), DEADLINE, async || {
+            let seen = self.get(&format!("locks/{lock}")).await.json();
+            seen["holders"] == json!([]) && seen["waiters"] == json!([])
+        })
+        .await;
+    }
+
+    /// What every test ends with: nothing is left at the authority or in a gauge, nothing overlapped, and no VM has died.
+    pub async fn assert_clean(&self) {
+        for sidecar in &self.sidecars {
+            sidecar.upstream.wait_idle().await;
+            sidecar.upstream.checker().assert_clean();
+        }
+        wait_for_async("an empty table", DEADLINE, async || {
+            let seen = self.get("locks").await.json();
+            seen["locks"].as_array().is_some_and(|locks| {
+                locks.iter().all(|lock| lock["holders"] == json!([]) && lock["waiters"] == json!([]))
+            })
+        })
+        .await;
+        for sidecar in &self.sidecars {
+            for gauge in ["interlock_held", "interlock_waiting"] {
+                sidecar.until(gauge, 0).await;
+            }
+            assert!(reloads(&sidecar.envoy).await.is_empty(), "a VM died");
+        }
+        assert!(reloads(self.envoy()).await.is_empty(), "a VM of the authority died");
+    }
+}
