@@ -162,6 +162,12 @@ bugs! {
     LateGrantKept,
     /// Whoever cancels a lease that waits leaves its entry in the queue.
     DeleteLeavesWaiter,
+    /// Whoever ends a lease does not note what there is to be taken away, and dies before it has done so.
+    RemainsForgotten,
+    /// Who gives a lease back again after it ended has it remembered no longer for that.
+    EndNotRefreshed,
+    /// A worker that could not note what became of a lease that it drove does not try again.
+    DriverForgets,
     /// The worker where a cancelled lease waits is not told.
     DriverNotWoken,
     /// What waits at a worker that died is ended by nobody.

@@ -1,7 +1,7 @@
 //! Asking for a lease: from the message that asks, over the wait, to the grant.
 
 use super::Receipt;
-use super::authority::{Answer, Parked, abandon, bring_back, change, end, expire, granted, read};
+use super::authority::{Answer, Parked, abandon, bring_back, change, clear, end, expire, granted, read};
 use super::record::{End, LeaseBucket, Standing};
 use crate::id::LeaseId;
 use crate::mode::Mode;
@@ -38,7 +38,7 @@ pub fn put<S: Store>(
     let in_grace = !table.grace_left(scene)?.is_zero() && !bug!(GraceSkipped);
     let found = store::update(scene.store, LeaseBucket::index(scene.store, lease), |leases: &mut LeaseBucket| {
         Ok(match leases.get(lease) {
-            Some(Standing::Over { end, .. }) => (Found::Over(*end), Save::No),
+            Some(Standing::Over { end, .. } | Standing::Ending { end, .. }) => (Found::Over(*end), Save::No),
             Some(Standing::Held { claim, .. } | Standing::Waiting { claim, .. })
                 if !is_same(&claim.request, &request) =>
             {
@@ -107,6 +107,11 @@ pub fn poll<S: Store>(table: &mut Table, scene: &Scene<'_, S>, parked: Parked) -
             unpark(table, &parked);
             Ok(Answer::Over(end))
         }
+        Some(Standing::Ending { end, claim, .. }) => {
+            unpark(table, &parked);
+            clear(table, scene, &claim)?;
+            Ok(Answer::Over(end))
+        }
         None => {
             unpark(table, &parked);
             Ok(Answer::Over(End::Cancelled))
@@ -118,13 +123,29 @@ pub fn poll<S: Store>(table: &mut Table, scene: &Scene<'_, S>, parked: Parked) -
 pub fn leave<S: Store>(table: &mut Table, scene: &Scene<'_, S>, parked: Parked) {
     if parked.drives || bug!(WatcherCancels) {
         unpark(table, &parked);
-        // Where the store fails the driver's session or the deadline ends it.
-        let _ = end(table, scene, parked.lease, End::Cancelled);
+        if end(table, scene, parked.lease, End::Cancelled).is_err() {
+            table.owe_end(parked.lease);
+        }
     }
 }
 
-/// Notes what became of a request that this worker drives.
+/// Notes what became of a request that this worker drives. Where that cannot be noted it holds nothing, and is said to be
+/// over as soon as that can be: who asks again must not wait for a driver that it has no more.
 fn settle<S: Store>(
+    table: &mut Table,
+    scene: &Scene<'_, S>,
+    lease: LeaseId,
+    arrived: Time,
+    outcome: Outcome,
+) -> Result<Answer, StoreError> {
+    let settled = note(table, scene, lease, arrived, outcome);
+    if settled.is_err() && !bug!(DriverForgets) {
+        table.owe_end(lease);
+    }
+    settled
+}
+
+fn note<S: Store>(
     table: &mut Table,
     scene: &Scene<'_, S>,
     lease: LeaseId,
@@ -144,7 +165,7 @@ fn settle<S: Store>(
                 let mode = want.map_or(Mode::Exclusive, |want| want.mode);
                 let refusal = Refusal { lock, mode, owner: held.owner().clone(), cause: Cause::LeaseLost { loss } };
                 table.release(scene, held);
-                return settle(table, scene, lease, arrived, Outcome::Refused(refusal));
+                return note(table, scene, lease, arrived, Outcome::Refused(refusal));
             }
             let claim = Box::new(held.claim.clone());
             let next = Standing::Held { claim, seen: scene.now };
@@ -225,9 +246,10 @@ fn refused_in_grace<S: Store>(table: &mut Table, scene: &Scene<'_, S>, request: 
     Ok(Answer::Refused(Box::new(refusal)))
 }
 
-/// Waits for what becomes of a lease that another drives. Nothing wakes it.
+/// Waits for what becomes of a lease that another drives. Nothing wakes it. Past the deadline its driver will say so soon,
+/// or is found to be gone.
 fn watch<S: Store>(scene: &Scene<'_, S>, lease: LeaseId, arrived: Time, deadline: Time) -> Answer {
-    let poll_at = (scene.now + BEAT).min(deadline.max(scene.now + Duration::from_millis(1)));
+    let poll_at = if scene.now < deadline { deadline.min(scene.now + BEAT) } else { scene.now + BEAT / 8 };
     Answer::Parked(Parked { lease, drives: false, arrived, poll_at, deadline })
 }
 

@@ -110,7 +110,9 @@ pub fn renew<S: Store>(
 ) -> Result<Renewed, StoreError> {
     let claim = match read(scene, lease)? {
         Some(Standing::Held { claim, .. }) => claim,
-        Some(Standing::Waiting { .. } | Standing::Over { .. }) if !bug!(ReleasedLeaseRevived) => {
+        Some(Standing::Waiting { .. } | Standing::Over { .. } | Standing::Ending { .. })
+            if !bug!(ReleasedLeaseRevived) =>
+        {
             return Ok(Renewed::Lost);
         }
         _ => match receipt {
@@ -149,15 +151,18 @@ pub fn delete<S: Store>(table: &mut Table, scene: &Scene<'_, S>, lease: LeaseId)
             let whole = table.uproot(scene, &claim.request) == claim.request.wants.len();
             let (end, deleted) =
                 if whole { (End::Released, Deleted::Released) } else { (End::Expired, Deleted::Expired) };
-            mark(scene, lease, end)?;
+            mark(table, scene, &claim, end)?;
             Ok(deleted)
         }
-        Some(Standing::Over { end, .. }) => Ok(match end {
-            End::Released => Deleted::Released,
-            End::Expired => Deleted::Expired,
-            End::Cancelled => Deleted::Cancelled,
-            End::Refused => Deleted::Unknown,
-        }),
+        Some(Standing::Over { end, .. } | Standing::Ending { end, .. }) => {
+            remember(scene, lease)?;
+            Ok(match end {
+                End::Released => Deleted::Released,
+                End::Expired => Deleted::Expired,
+                End::Cancelled => Deleted::Cancelled,
+                End::Refused => Deleted::Unknown,
+            })
+        }
         found => {
             drop(found);
             Ok(match end(table, scene, lease, End::Cancelled)? {
@@ -207,6 +212,7 @@ pub fn sweep<S: Store>(table: &mut Table, scene: &Scene<'_, S>, bucket: u32) -> 
                     }
                 }
             }
+            Standing::Ending { claim, .. } => clear(table, scene, claim)?,
             Standing::Over { .. } => {}
         }
     }
@@ -243,57 +249,101 @@ pub(super) fn bring_back<S: Store>(
 }
 
 /// Ends a lease: says so first, then removes what it has. Whoever drives it is woken to find out. Gives back how it stood.
+/// Should this worker die in between, the driver or a sweep goes on.
 pub(super) fn end<S: Store>(
     table: &mut Table,
     scene: &Scene<'_, S>,
     lease: LeaseId,
     end: End,
 ) -> Result<Option<Standing>, StoreError> {
-    let over = Standing::Over { end, since: scene.now };
     let before = store::update(scene.store, LeaseBucket::index(scene.store, lease), |leases: &mut LeaseBucket| {
         let before = leases.get(lease).cloned();
-        let ended = matches!(before, Some(Standing::Over { .. }));
+        let left = match &before {
+            Some(Standing::Waiting { .. }) if bug!(DeleteLeavesWaiter) => None,
+            Some(Standing::Waiting { claim, .. } | Standing::Held { claim, .. }) => Some(claim.clone()),
+            Some(Standing::Over { .. } | Standing::Ending { .. }) | None => None,
+        };
+        let ended = before.as_ref().is_some_and(|standing| standing.ended().is_some());
         let forgets = bug!(TombstoneForgotten) && before.is_none();
         if !ended && !forgets {
-            leases.set(lease, over.clone(), scene.now);
+            leases.set(lease, over(end, left, scene.now), scene.now);
         }
         Ok((before, Save::from(!ended)))
     })?;
     match &before {
         Some(Standing::Waiting { claim, driver, .. }) => {
-            if !bug!(DeleteLeavesWaiter) {
-                table.uproot(scene, &claim.request);
-            }
             if !bug!(DriverNotWoken) {
                 table.wake(Wake { session: *driver, lease });
             }
+            if !bug!(DeleteLeavesWaiter) {
+                clear(table, scene, claim)?;
+            }
         }
-        Some(Standing::Held { claim, .. }) => drop(table.uproot(scene, &claim.request)),
-        Some(Standing::Over { .. }) | None => {}
+        Some(Standing::Held { claim, .. }) => clear(table, scene, claim)?,
+        Some(Standing::Over { .. } | Standing::Ending { .. }) | None => {}
     }
     Ok(before)
 }
 
+/// Remembers for another while that a lease is over: whoever gives it back again wants it to stay so, whatever is still under way.
+fn remember<S: Store>(scene: &Scene<'_, S>, lease: LeaseId) -> Result<(), StoreError> {
+    store::update(scene.store, LeaseBucket::index(scene.store, lease), |leases: &mut LeaseBucket| {
+        let Some(mut standing) = leases.get(lease).cloned() else { return Ok(((), Save::No)) };
+        match &mut standing {
+            Standing::Over { since, .. } | Standing::Ending { since, .. }
+                if *since < scene.now && !bug!(EndNotRefreshed) =>
+            {
+                *since = scene.now;
+            }
+            _ => return Ok(((), Save::No)),
+        }
+        leases.set(lease, standing, scene.now);
+        Ok(((), Save::Yes))
+    })
+}
+
+/// A lease that is over, of which this may be left.
+fn over(end: End, left: Option<Box<Claim>>, since: Time) -> Standing {
+    match left {
+        Some(claim) if !bug!(RemainsForgotten) => Standing::Ending { end, since, claim },
+        _ => Standing::Over { end, since },
+    }
+}
+
+/// Takes away what is left of a lease that is over. What could not be taken away now is left for the next sweep.
+pub(super) fn clear<S: Store>(table: &mut Table, scene: &Scene<'_, S>, claim: &Claim) -> Result<(), StoreError> {
+    let lease = claim.request.lease;
+    table.uproot(scene, &claim.request);
+    if table.owes(lease) {
+        return Ok(());
+    }
+    store::update(scene.store, LeaseBucket::index(scene.store, lease), |leases: &mut LeaseBucket| {
+        let Some(Standing::Ending { end, since, .. }) = leases.get(lease) else { return Ok(((), Save::No)) };
+        let over = Standing::Over { end: *end, since: *since };
+        leases.set(lease, over, scene.now);
+        Ok(((), Save::Yes))
+    })
+}
+
 /// Ends a lease that waits for a driver that is not heard of any more. False where it does so no longer: the driver was
 /// only late, and what it was granted meanwhile is its own.
-pub(super) fn abandon<S: Store>(
+pub(crate) fn abandon<S: Store>(
     table: &mut Table,
     scene: &Scene<'_, S>,
     lease: LeaseId,
     driver: SessionId,
 ) -> Result<bool, StoreError> {
-    let over = Standing::Over { end: End::Cancelled, since: scene.now };
     let claim = store::update(scene.store, LeaseBucket::index(scene.store, lease), |leases: &mut LeaseBucket| {
         let claim = match leases.get(lease) {
             Some(Standing::Waiting { driver: known, claim, .. }) if *known == driver => claim.clone(),
             _ => return Ok((None, Save::No)),
         };
-        leases.set(lease, over.clone(), scene.now);
+        leases.set(lease, over(End::Cancelled, Some(claim.clone()), scene.now), scene.now);
         Ok((Some(claim), Save::Yes))
     })?;
     let Some(claim) = claim else { return Ok(false) };
-    table.uproot(scene, &claim.request);
     table.wake(Wake { session: driver, lease });
+    clear(table, scene, &claim)?;
     Ok(true)
 }
 
@@ -301,13 +351,15 @@ pub(super) fn abandon<S: Store>(
 /// die in between, the next one that looks finds the lease and goes on.
 pub(super) fn expire<S: Store>(table: &mut Table, scene: &Scene<'_, S>, claim: &Claim) -> Result<(), StoreError> {
     table.uproot(scene, &claim.request);
-    mark(scene, claim.request.lease, End::Expired)
+    mark(table, scene, claim, End::Expired)
 }
 
-/// Says that a lease is over.
-fn mark<S: Store>(scene: &Scene<'_, S>, lease: LeaseId, end: End) -> Result<(), StoreError> {
-    let over = Standing::Over { end, since: scene.now };
-    change(scene, lease, |known| (!matches!(known, Some(Standing::Over { .. }))).then_some(over)).map(drop)
+/// Says that a lease is over, and whether something of it could not be taken away.
+fn mark<S: Store>(table: &Table, scene: &Scene<'_, S>, claim: &Claim, end: End) -> Result<(), StoreError> {
+    let lease = claim.request.lease;
+    let over = over(end, table.owes(lease).then(|| Box::new(claim.clone())), scene.now);
+    let open = |known: Option<&Standing>| known.is_none_or(|standing| standing.ended().is_none());
+    change(scene, lease, |known| open(known).then_some(over)).map(drop)
 }
 
 /// Changes how a lease stands to what `next` makes of it. Where it makes nothing of it, says how the lease has ended.
@@ -318,10 +370,7 @@ pub(super) fn change<S: Store>(
 ) -> Result<Option<End>, StoreError> {
     store::update(scene.store, LeaseBucket::index(scene.store, lease), |leases: &mut LeaseBucket| {
         let known = leases.get(lease);
-        let end = match known {
-            Some(Standing::Over { end, .. }) => *end,
-            _ => End::Cancelled,
-        };
+        let end = known.and_then(Standing::ended).unwrap_or(End::Cancelled);
         match next.clone()(known) {
             Some(standing) => {
                 leases.set(lease, standing, scene.now);

@@ -55,6 +55,26 @@ pub(crate) enum Standing {
         /// When.
         since: Time,
     },
+    /// It is over, but what it had may still stand in queues and in the index: who ends a lease can die before that has been
+    /// taken away.
+    Ending {
+        /// How it ended.
+        end: End,
+        /// When.
+        since: Time,
+        /// What it wanted and had.
+        claim: Box<Claim>,
+    },
+}
+
+impl Standing {
+    /// How the lease ended, if it has.
+    pub(super) fn ended(&self) -> Option<End> {
+        match self {
+            Standing::Over { end, .. } | Standing::Ending { end, .. } => Some(*end),
+            Standing::Waiting { .. } | Standing::Held { .. } => None,
+        }
+    }
 }
 
 /// Some of the leases.
@@ -79,7 +99,7 @@ impl LeaseBucket {
         self.leases.iter().fold((0, 0, 0), |(waiting, held, over), (_, standing)| match standing {
             Standing::Waiting { .. } => (waiting + 1, held, over),
             Standing::Held { .. } => (waiting, held + 1, over),
-            Standing::Over { .. } => (waiting, held, over + 1),
+            Standing::Over { .. } | Standing::Ending { .. } => (waiting, held, over + 1),
         })
     }
 
@@ -102,7 +122,7 @@ impl LeaseBucket {
         }
     }
 
-    /// Forgets what has been over for long enough. True if there was any.
+    /// Forgets what has been over for long enough, if nothing is left of it. True if there was any.
     pub(super) fn prune(&mut self, now: Time) -> bool {
         let before = self.leases.len();
         let over = |standing: &Standing| matches!(standing, Standing::Over { .. });
@@ -113,7 +133,7 @@ impl LeaseBucket {
                 spare = spare.saturating_sub(1);
                 !spared && (now < *since + LINGER || bug!(TombstoneKept))
             }
-            Standing::Waiting { .. } | Standing::Held { .. } => true,
+            Standing::Waiting { .. } | Standing::Held { .. } | Standing::Ending { .. } => true,
         });
         self.leases.len() < before
     }

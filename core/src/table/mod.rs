@@ -30,8 +30,16 @@ use crate::time::{Duration, Time};
 /// What could not be removed because the store failed, and is tried again.
 #[derive(Clone, Debug)]
 enum Debt {
-    Lock { name: LockName, lease: LeaseId },
-    Owner { owner: OwnerId, lease: LeaseId },
+    Lock {
+        name: LockName,
+        lease: LeaseId,
+    },
+    Owner {
+        owner: OwnerId,
+        lease: LeaseId,
+    },
+    /// What a lease that waits has left, the record of it too.
+    End(LeaseId),
 }
 
 /// One worker's view of a table.

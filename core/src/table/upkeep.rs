@@ -3,7 +3,8 @@
 use super::index::drop_stale;
 use super::{Census, Debt, Event, Scene, Table, Tally};
 use crate::fence::Fence;
-use crate::id::{OwnerId, SessionId};
+use crate::id::{LeaseId, OwnerId, SessionId};
+use crate::lease::authority::abandon;
 use crate::name::LockName;
 use crate::queue::{Entry, Queue, State};
 use crate::refusal::Loss;
@@ -243,6 +244,19 @@ impl Table {
         held
     }
 
+    /// Whether something of a lease could not be removed when it should have been, and is still to be.
+    pub(crate) fn owes(&self, lease: LeaseId) -> bool {
+        self.debts.iter().any(|debt| match debt {
+            Debt::Lock { lease: of, .. } | Debt::Owner { lease: of, .. } => *of == lease,
+            Debt::End(_) => false,
+        })
+    }
+
+    /// This worker moves a lease that waits on no more, and could not say so: it will.
+    pub(crate) fn owe_end(&mut self, lease: LeaseId) {
+        self.debts.push(Debt::End(lease));
+    }
+
     /// Tries again to remove what could not be removed when it should have been. True when nothing is left to do.
     pub fn settle_debts<S: Store>(&mut self, scene: &Scene<'_, S>) -> bool {
         self.fresh = false;
@@ -250,6 +264,11 @@ impl Table {
             match debt {
                 Debt::Lock { name, lease } => drop(self.give_back(scene, &name, lease)),
                 Debt::Owner { owner, lease } => self.delist(scene, &owner, lease),
+                Debt::End(lease) => {
+                    if abandon(self, scene, lease, self.me).is_err() {
+                        self.owe_end(lease);
+                    }
+                }
             }
         }
         self.debts.is_empty()

@@ -119,6 +119,23 @@ fn a_release_that_overtakes_its_request_wins() {
 }
 
 #[test]
+fn a_lease_that_is_given_back_again_stays_over_for_as_long_again() {
+    let mut authority = Authority::new(1);
+    drop(granted(authority.put(0, &asked(1, "a", "l"))));
+    assert_eq!(authority.delete(0, 1), Deleted::Released);
+    authority.advance(LINGER - ms(100));
+    assert_eq!(authority.delete(0, 1), Deleted::Released);
+    authority.advance(LINGER - ms(100));
+    assert!(
+        matches!(authority.put(0, &asked(1, "a", "l")), Answer::Over(End::Released)),
+        "it was on its way all the time"
+    );
+    authority.advance(LINGER);
+    authority.sweep();
+    drop(granted(authority.put(0, &asked(1, "a", "l"))));
+}
+
+#[test]
 fn a_waiter_can_be_cancelled_from_another_worker() {
     let mut authority = Authority::new(2);
     drop(granted(authority.put(0, &asked(1, "a", "l"))));

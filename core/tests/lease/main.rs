@@ -11,7 +11,7 @@ mod races;
 mod store;
 
 use interlock_core::lease::{self, Answer, Deleted, Granted, Parked, Receipt, Renewed};
-use interlock_core::store::Store;
+use interlock_core::store::{OwnerBucket, Store};
 use interlock_core::{
     Census, Classes, Duration, Effects, Fence, LeaseId, Limits, LockName, Mode, OwnerId, Request, Rules, Scene, Table,
     Time, Want,
@@ -170,7 +170,6 @@ impl Authority {
 
     /// Sweeps everything, and says how many leases wait, are held, are over; and how many locks there are.
     fn sweep(&mut self) -> (usize, usize, usize, u64) {
-        let mut sum = (0, 0, 0);
         let census = self.on(0, |table, scene| {
             let mut census = Census::default();
             for bucket in 0..scene.store.buckets() {
@@ -180,12 +179,25 @@ impl Authority {
             table.publish_census(scene, &census).unwrap();
             census
         });
+        let (waiting, held, over) = self.standing();
+        (waiting, held, over, census.locks)
+    }
+
+    /// How many leases wait, are held, are over.
+    fn standing(&self) -> (usize, usize, usize) {
+        let mut sum = (0, 0, 0);
         for bucket in 0..self.store.buckets() {
             let (leases, _) = self.store.read::<lease::LeaseBucket>(bucket).unwrap();
             let (waiting, held, over) = leases.count();
             sum = (sum.0 + waiting, sum.1 + held, sum.2 + over);
         }
-        (sum.0, sum.1, sum.2, census.locks)
+        sum
+    }
+
+    /// The owners that the index knows.
+    fn listed(&self) -> Vec<String> {
+        let buckets = (0..self.store.buckets()).map(|bucket| self.store.read::<OwnerBucket>(bucket).unwrap().0);
+        buckets.flat_map(|owners| owners.holdings().iter().map(|of| of.owner.to_string()).collect::<Vec<_>>()).collect()
     }
 }
 

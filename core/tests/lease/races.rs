@@ -5,7 +5,6 @@ use std::rc::Rc;
 
 use interlock_core::LeaseId;
 use interlock_core::lease::{Answer, Deleted, End};
-use interlock_core::store::OwnerBucket;
 
 use super::*;
 #[cfg(target_arch = "wasm32")]
@@ -115,11 +114,6 @@ fn a_driver_that_is_only_late_keeps_what_it_is_granted_while_others_sweep() {
 }
 
 /// Whether the index by owner names anybody.
-fn listed(authority: &Authority) -> bool {
-    let buckets = 0..authority.store.buckets();
-    buckets.into_iter().any(|bucket| !authority.store.mem.read::<OwnerBucket>(bucket).unwrap().0.holdings().is_empty())
-}
-
 #[test]
 fn a_lease_that_could_not_come_back_whole_is_not_listed_for_ever() {
     for at in 0..12 {
@@ -132,7 +126,7 @@ fn a_lease_that_could_not_come_back_whole_is_not_listed_for_ever() {
         authority.store.fail_after(0, 0);
         assert!(authority.on(0, |table, scene| table.settle_debts(scene)));
         authority.delete(0, 1);
-        assert!(!listed(&authority), "access {at}: {renewed:?}");
+        assert!(authority.listed().is_empty(), "access {at}: {renewed:?}");
     }
 }
 
@@ -157,6 +151,86 @@ fn whoever_dies_while_it_ends_a_lease_leaves_nothing_that_stays() {
         authority.sweep();
         authority.advance(lease::record::LINGER);
         authority.sweep();
-        assert!(!listed(&authority), "access {at}");
+        assert!(authority.listed().is_empty(), "access {at}");
     }
+}
+
+#[test]
+fn a_worker_that_dies_owing_something_of_a_lease_that_it_gave_back_leaves_nothing() {
+    let mut owed = 0;
+    for at in 0..12 {
+        let mut authority = Authority::new(2);
+        drop(granted(authority.put(0, &asked(1, "a", "k").and("l"))));
+        authority.store.fail_after(at, 1);
+        let deleted = authority.on(1, |table, scene| lease::authority::delete(table, scene, LeaseId(1)));
+        authority.store.fail_after(0, 0);
+        owed += usize::from(deleted.is_ok() && !authority.listed().is_empty());
+        authority.workers.pop();
+        for _ in 0..3 {
+            authority.advance(ms(400));
+            authority.sweep();
+        }
+        if deleted.is_ok() {
+            assert_eq!((authority.sweep().3, authority.listed().len()), (0, 0), "access {at}: {deleted:?}");
+        }
+    }
+    assert!(owed > 0);
+}
+
+#[test]
+fn a_driver_that_could_not_note_what_became_of_its_lease_says_so_as_soon_as_it_can() {
+    let mut unsaid = 0;
+    for failing in 1..4 {
+        for at in 0..20 {
+            let mut authority = Authority::new(2);
+            drop(granted(authority.put(0, &asked(1, "a", "l"))));
+            let waits = Asked { wait: ms(20_000), ..asked(2, "b", "k").and("l") };
+            let request = authority.request(&waits);
+            authority.store.fail_after(at, failing);
+            let put = authority.on(0, |table, scene| lease::authority::put(table, scene, request, None));
+            authority.store.fail_after(0, 0);
+            if put.is_ok() {
+                continue;
+            }
+            unsaid += usize::from(authority.standing().0 == 1);
+            while !authority.on(0, Table::settle_debts) {}
+            assert_eq!(authority.standing().0, 0, "access {at}, {failing} fail: nobody drives it any more");
+            assert_eq!(authority.listed(), ["a"], "access {at}, {failing} fail");
+        }
+    }
+    assert!(unsaid > 4, "{unsaid}");
+}
+
+#[test]
+fn a_worker_that_dies_while_it_cancels_leaves_nothing() {
+    let mut halfway = 0;
+    for driver_looks in [true, false] {
+        for at in 0..40 {
+            let mut authority = Authority::new(2);
+            drop(granted(authority.put(0, &asked(1, "a", "l"))));
+            let waits = parked(authority.put(0, &Asked { wait: ms(20_000), ..asked(2, "b", "k").and("l") }));
+            // The second worker cancels, and is gone after so many accesses.
+            authority.store.fail_after(at, u32::MAX);
+            let _ = authority.on(1, |table, scene| lease::authority::delete(table, scene, LeaseId(2)));
+            authority.store.fail_after(0, 0);
+            authority.workers.pop();
+            let over = matches!(authority.put(0, &asked(2, "b", "k").and("l")), Answer::Over(End::Cancelled));
+            halfway += usize::from(over && authority.listed().len() == 2);
+            if driver_looks {
+                let over_now = matches!(authority.poll(0, waits), Answer::Over(End::Cancelled));
+                assert_eq!(over_now, over, "access {at}");
+            }
+            for _ in 0..3 {
+                authority.advance(ms(1000));
+                authority.sweep();
+            }
+            if over {
+                let left = authority.listed();
+                assert_eq!(left, ["a"], "access {at}, the driver looks: {driver_looks}");
+                assert_eq!(authority.delete(0, 1), Deleted::Released);
+                assert_eq!((authority.sweep().3, authority.listed().len()), (0, 0), "access {at}");
+            }
+        }
+    }
+    assert!(halfway > 4, "{halfway}");
 }

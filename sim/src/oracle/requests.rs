@@ -6,7 +6,8 @@ use std::rc::Rc;
 use interlock_core::session::{DEAD_AFTER, Sessions};
 use interlock_core::store::LockBucket;
 use interlock_core::{
-    Cause, Edge, Entry, Grant, Lease, LeaseId, LockName, Loss, OwnerId, Pending, Refusal, Request, StoreError, Time,
+    Cause, Edge, Entry, Fence, Grant, Lease, LeaseId, LockName, Loss, OwnerId, Pending, Refusal, Request,
+    State as EntryState, StoreError, Time,
 };
 
 use super::{Kind, Known, Op, Phase, conflict, end, owned, suffices};
@@ -162,11 +163,7 @@ impl State {
     fn has_what_it_was_granted(&mut self, id: LeaseId, grant: &Grant) {
         let ended = self.leases.get(&id).is_some_and(|known| known.ended.contains(&grant.name));
         let entry = self.entries(&grant.name).iter().find(|entry| entry.lease == id);
-        let fence = entry.and_then(|entry| match entry.state {
-            interlock_core::State::Held { fence, .. } => Some(fence),
-            interlock_core::State::Waiting { .. } => None,
-        });
-        if fence != Some(grant.fence) && !ended {
+        if entry.and_then(fence) != Some(grant.fence) && !ended {
             self.violated(|| format!("{id:?} was granted {grant:?}, of which the table knows nothing"));
         }
     }
@@ -191,8 +188,12 @@ impl State {
                     };
                     let steady = steady && self.leases.get(&entry.lease).is_some_and(listed);
                     let other = entry.owner == known.owner && entry.lease != id && steady;
+                    // Under the same fence: a grant that ended while nobody looked is granted anew, to the same lease.
                     let absent = |view: &View<'_>| {
-                        !view.entries(held).iter().any(|earlier| earlier.lease == entry.lease && earlier.is_held())
+                        !view
+                            .entries(held)
+                            .iter()
+                            .any(|earlier| earlier.lease == entry.lease && fence(earlier) == fence(entry))
                     };
                     other && end(entry, &self.sessions.record) > self.now && !self.ever(op.log, absent)
                 };
@@ -397,5 +398,13 @@ impl State {
         {
             self.violated(|| format!("vm{vm} failed, and the store did not: {error}"));
         }
+    }
+}
+
+/// Under which fence an entry holds its lock, if it does.
+fn fence(entry: &Entry) -> Option<Fence> {
+    match entry.state {
+        EntryState::Held { fence, .. } => Some(fence),
+        EntryState::Waiting { .. } => None,
     }
 }
