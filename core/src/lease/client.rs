@@ -287,8 +287,7 @@ impl<G: Clone, W> Client<G, W> {
                     self.leases.remove(&lease);
                 }
                 None => {
-                    *renew_at = now + pause(entry.failures);
-                    entry.failures += 1;
+                    *renew_at = now + next_pause(&mut entry.failures);
                 }
             }
         }
@@ -330,8 +329,7 @@ impl<G: Clone, W> Client<G, W> {
                     let Phase::Held { renew_at, renewing, .. } = &mut entry.phase else { continue };
                     if *renewing == Some(call) && !bug!(FailedRenewalStops) {
                         *renewing = None;
-                        *renew_at = now + pause(entry.failures);
-                        entry.failures += 1;
+                        *renew_at = now + next_pause(&mut entry.failures);
                     }
                 }
             }
@@ -342,8 +340,7 @@ impl<G: Clone, W> Client<G, W> {
                     return;
                 }
                 *call = None;
-                *again_at = now + pause(entry.failures);
-                entry.failures += 1;
+                *again_at = now + next_pause(&mut entry.failures);
             }
             None => {}
         }
@@ -459,6 +456,13 @@ impl<G: Clone, W> Client<G, W> {
         self.leases.insert(lease, entry);
         self.delete(lease);
     }
+}
+
+/// The pause after a call that failed, which is counted.
+fn next_pause(failures: &mut u32) -> Duration {
+    let pause = pause(*failures);
+    *failures += 1;
+    pause
 }
 
 fn pause(failures: u32) -> Duration {

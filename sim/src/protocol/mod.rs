@@ -2,10 +2,11 @@
 //! doubles, delays and reorders.
 //!
 //! The authority's VMs are coroutines as those of the lock table are; the proxies' machines have no store and run at once.
-//! Here is a schedule of it; `authority` and `proxy` are the two sides, `net` plays a schedule, `check` says what must hold.
+//! Here is a schedule of it; `authority` and `proxy` are the two sides, `net` plays a schedule, `faults` is what goes wrong in it, `check` says what must hold.
 
 mod authority;
 mod check;
+mod faults;
 mod net;
 mod proxy;
 

@@ -30,7 +30,7 @@ const ROUNDS: usize = 600;
 
 /// A message under way.
 #[derive(Clone, Debug)]
-enum Packet {
+pub(super) enum Packet {
     Call(Incoming),
     Answer(Caller, Reply),
 }
@@ -73,26 +73,26 @@ pub fn play(plan: &Plan, yard: &mut Yard, with_lines: bool, plant: Plant) -> Pla
 }
 
 /// Clocks differ by more than any TTL, and nobody may mind.
-fn ahead(proxy: usize, life: u32) -> Duration {
+pub(super) fn ahead(proxy: usize, life: u32) -> Duration {
     Duration::from_micros(1_234_567) * u32::try_from(proxy).unwrap_or(0) * life
 }
 
-struct Net<'y> {
-    state: Rc<RefCell<State>>,
-    crew: Crew<'y>,
-    proxies: Vec<Proxy>,
-    packets: VecDeque<Packet>,
-    vms: usize,
-    gentle: bool,
+pub(super) struct Net<'y> {
+    pub(super) state: Rc<RefCell<State>>,
+    pub(super) crew: Crew<'y>,
+    pub(super) proxies: Vec<Proxy>,
+    pub(super) packets: VecDeque<Packet>,
+    pub(super) vms: usize,
+    pub(super) gentle: bool,
     /// How far the wall clock has stepped back in this life of the authority, in microseconds.
-    stepped_back: u64,
-    next_vm: usize,
+    pub(super) stepped_back: u64,
+    pub(super) next_vm: usize,
     /// When the authority last lost its memory.
-    restarted: Time,
+    pub(super) restarted: Time,
 }
 
 impl Net<'_> {
-    fn state(&self) -> RefMut<'_, State> {
+    pub(super) fn state(&self) -> RefMut<'_, State> {
         self.state.borrow_mut()
     }
 
@@ -100,21 +100,21 @@ impl Net<'_> {
         self.state().violation.is_some()
     }
 
-    fn now(&self, proxy: usize) -> Time {
+    pub(super) fn now(&self, proxy: usize) -> Time {
         self.state().now + self.proxies[proxy].ahead
     }
 
-    fn start(&mut self) {
+    pub(super) fn start(&mut self) {
         (0..self.vms).for_each(|vm| self.start_vm(vm));
     }
 
-    fn start_vm(&mut self, vm: usize) {
+    pub(super) fn start_vm(&mut self, vm: usize) {
         let rules = Rc::clone(&self.state().rules);
         self.crew.start(vm, move |port| serve(port, rules));
     }
 
     /// Sends what a proxy has to send, and takes in what it told.
-    fn pump(&mut self, at: usize) {
+    pub(super) fn pump(&mut self, at: usize) {
         let now = self.now(at);
         let (sent, told) = self.proxies[at].take(now);
         for (caller, body) in sent {
@@ -149,7 +149,7 @@ impl Net<'_> {
         }
     }
 
-    fn post(&mut self, packet: Packet) {
+    pub(super) fn post(&mut self, packet: Packet) {
         let mut state = self.state();
         state.counts.messages += 1;
         state.trace.line(|| format!("    under way: {}", line(&packet)));
@@ -218,7 +218,7 @@ impl Net<'_> {
     }
 
     /// Time passes; a proxy that runs does what is due when it is due.
-    fn pass(&mut self, span: Duration) {
+    pub(super) fn pass(&mut self, span: Duration) {
         let end = self.state().now + span;
         for _ in 0..HOPS {
             let due = |at: usize| {
@@ -266,7 +266,7 @@ impl Net<'_> {
         }
     }
 
-    fn take_packet(&mut self, nth: u8) -> Option<Packet> {
+    pub(super) fn take_packet(&mut self, nth: u8) -> Option<Packet> {
         let most = self.packets.len();
         if most == 0 { None } else { self.packets.remove(usize::from(nth) % most) }
     }
@@ -341,111 +341,6 @@ impl Net<'_> {
         drop(state);
         self.proxies[at].end(now, ticket);
         self.pump(at);
-    }
-
-    fn fault(&mut self, step: &Move) {
-        match step {
-            Move::Drop(nth) => {
-                let dropped = self.take_packet(*nth).is_some();
-                self.state().counts.dropped += u64::from(dropped);
-            }
-            Move::Double(nth) => {
-                let at = usize::from(*nth) % self.packets.len().max(1);
-                if let Some(packet) = self.packets.get(at).cloned() {
-                    self.state().counts.doubled += 1;
-                    self.packets.push_back(packet);
-                }
-            }
-            Move::Break(nth) => self.break_off(*nth),
-            Move::Kill(vm) => self.crew.kill(usize::from(*vm)),
-            Move::Start(vm) => self.start_vm(usize::from(*vm)),
-            Move::Restart(millis) => self.restart(*millis),
-            Move::Crash(proxy) => {
-                let at = usize::from(*proxy);
-                let life = self.proxies[at].life + 1;
-                // Its connections break with it.
-                for caller in self.proxies[at].open_calls() {
-                    self.post(Packet::Call(Incoming { caller, body: Body::Gone }));
-                }
-                self.state().counts.crashes += 1;
-                self.proxies[at] = Proxy::new(at, life, ahead(at, life));
-            }
-            Move::Pause(proxy) => {
-                self.state().counts.pauses += 1;
-                self.proxies[usize::from(*proxy)].paused = true;
-            }
-            Move::Resume(proxy) => self.resume(usize::from(*proxy)),
-            Move::Wall(millis) => self.wall(i64::from(*millis) * 1000),
-            Move::Conflict(vm, writes) => self.state().vms[usize::from(*vm)].conflicts = u32::from(*writes),
-            Move::Fail(vm, sound, failing) => {
-                let facts = &mut self.state.borrow_mut().vms[usize::from(*vm)];
-                (facts.sound, facts.failing) = (u32::from(*sound), u32::from(*failing));
-            }
-            _ => {}
-        }
-    }
-
-    fn resume(&mut self, at: usize) {
-        let now = self.now(at);
-        let proxy = &mut self.proxies[at];
-        if proxy.paused {
-            proxy.paused = false;
-            proxy.runs_since = now;
-        }
-    }
-
-    fn break_off(&mut self, nth: u8) {
-        let at = usize::from(nth) % self.packets.len().max(1);
-        let Some(Packet::Call(Incoming { caller, body })) = self.packets.get(at) else { return };
-        let (caller, at) = (*caller, caller.proxy);
-        if matches!(body, Body::Gone) || self.proxies[at].paused {
-            return;
-        }
-        self.state().counts.broken += 1;
-        self.post(Packet::Call(Incoming { caller, body: Body::Gone }));
-        let now = self.now(at);
-        self.proxies[at].hear(now, caller, Reply::Failed(None));
-        self.pump(at);
-    }
-
-    /// The authority dies with all that it knew, and is there again after a while. Whoever was parked there is cut off.
-    fn restart(&mut self, millis: u32) {
-        let now = self.state().now;
-        // A lease outlives one short absence of its authority, and not one after the other.
-        if self.gentle && now < self.restarted + LONGEST_TTL * 2 {
-            return;
-        }
-        self.restarted = now;
-        (0..self.vms).for_each(|vm| self.crew.kill(vm));
-        self.state().forget_everything();
-        let under_way: Vec<Caller> = self
-            .packets
-            .iter()
-            .map(|packet| match packet {
-                Packet::Call(Incoming { caller, .. }) | Packet::Answer(caller, _) => *caller,
-            })
-            .collect();
-        let open: Vec<Caller> = self.proxies.iter().flat_map(Proxy::open_calls).collect();
-        for caller in open.into_iter().filter(|caller| !under_way.contains(caller)) {
-            self.post(Packet::Answer(caller, Reply::Failed(None)));
-        }
-        self.stepped_back = 0;
-        self.pass(Duration::from_millis(u64::from(millis)));
-        self.start();
-        self.crew.drain();
-    }
-
-    /// The wall clock steps; back by no more than the grace period makes up for.
-    fn wall(&mut self, micros: i64) {
-        let most = u64::try_from(LONGEST_TTL.as_micros()).unwrap_or(0) / 2;
-        let back = u64::try_from(-micros).unwrap_or(0);
-        if self.stepped_back + back > most {
-            return;
-        }
-        self.stepped_back += back;
-        let mut state = self.state();
-        state.counts.clock_steps += 1;
-        state.unix = state.unix.saturating_add_signed(micros);
     }
 
     /// The faults are over: within a TTL and the time that ends are remembered nothing is left.
