@@ -8,6 +8,8 @@ pub mod body;
 pub mod call;
 pub mod receipt;
 pub mod told;
+#[cfg(test)]
+mod told_tests;
 
 pub use call::{ApiError, Target};
 
