@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use interlock_testkit::client::{Ask, Pending};
 use interlock_testkit::{
-    Answer, Client, Envoy, EnvoyConfig, RawClient, Recorded, Reply, Route, Upstream, wait_for_async,
+    Answer, Client, Envoy, EnvoyConfig, RawClient, Recorded, Reply, Route, Upstream, tools, wait_for_async,
 };
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
@@ -56,12 +56,13 @@ pub struct Plan {
     policy: Value,
     patch: fn(EnvoyConfig) -> EnvoyConfig,
     sentinel: bool,
+    authority: Option<Value>,
 }
 
 impl Plan {
     /// With this policy, less its `instance`, which is the test's.
     pub fn new(policy: Value) -> Self {
-        Plan { policy, patch: |config| config, sentinel: true }
+        Plan { policy, patch: |config| config, sentinel: true, authority: None }
     }
 
     /// Changes the listener, before its routes and its policy are made the test's own.
@@ -72,6 +73,11 @@ impl Plan {
     /// Leaves the policy without a rule of the stage's. Such a lane has no [`Lane::quiet`].
     pub fn bare(self) -> Self {
         Plan { sentinel: false, ..self }
+    }
+
+    /// Puts its locks into another Envoy, with that policy less its `instance` and its `api`.
+    pub fn authority(self, policy: Value) -> Self {
+        Plan { authority: Some(policy), ..self }
     }
 
     async fn build(mut self, name: &str) -> (EnvoyConfig, Upstream) {
@@ -134,6 +140,8 @@ pub struct Stage {
 
 struct Running {
     envoy: Envoy,
+    /// Where the locks of those listeners are whose locks are elsewhere.
+    authority: Option<Envoy>,
     /// Serves [`RELAY`] for as long as it is here.
     _relay: Upstream,
     upstreams: BTreeMap<&'static str, Upstream>,
@@ -160,7 +168,13 @@ impl Stage {
     async fn run(plans: Vec<(&'static str, Plan)>) -> Running {
         let relay = Upstream::with(relay).await.expect("a relay");
         let (mut listeners, mut clusters, mut upstreams) = (Vec::new(), Vec::new(), BTreeMap::new());
-        for (name, plan) in plans {
+        let authority = authority(&plans).await;
+        for (name, mut plan) in plans {
+            if let Some(authority) = authority.as_ref().filter(|_| plan.authority.is_some()) {
+                plan.policy["backend"] =
+                    json!({ "authority": { "cluster": format!("authority-{name}"), "timeout": "5s" } });
+                clusters.push(cluster_of(name, authority.listener(name).expect("its listener")));
+            }
             let (config, upstream) = plan.build(name).await;
             let config = config.route(Route::path(RELAY).cluster("relay").timeout("0s"));
             let config = config.cluster("relay", relay.address());
@@ -175,7 +189,7 @@ impl Stage {
             listener["stat_prefix"] = json!(name);
             listeners.push(listener);
             let all = resources["clusters"].as_array().expect("clusters");
-            if clusters.is_empty() {
+            if clusters.iter().all(|cluster| cluster["name"] != "relay") {
                 clusters.extend(all.iter().filter(|cluster| cluster["name"] == "relay").cloned());
             }
             let mut cluster = all.iter().find(|cluster| cluster["name"] == "upstream").expect("the upstream").clone();
@@ -187,8 +201,51 @@ impl Stage {
         let config = EnvoyConfig::local().patch(|bootstrap| {
             bootstrap["static_resources"] = json!({ "listeners": listeners, "clusters": clusters });
         });
-        Running { envoy: Envoy::start(config).await.expect("an Envoy"), _relay: relay, upstreams }
+        let envoy = Envoy::start(config).await.expect("an Envoy");
+        Running { envoy, authority, _relay: relay, upstreams }
     }
+}
+
+/// The Envoy that has the locks of those whose plan says so, each with a listener and a table of its own.
+async fn authority(plans: &[(&str, Plan)]) -> Option<Envoy> {
+    let file = tools::root().join("envoy/authority.yaml");
+    let mut listeners = Vec::new();
+    for (name, policy) in plans.iter().filter_map(|(name, plan)| Some((name, plan.authority.clone()?))) {
+        let mut policy = policy;
+        policy["instance"] = json!(name);
+        policy["api"] = json!({});
+        let config = EnvoyConfig::from_file(&file).expect("the authority's configuration").policy(policy);
+        let mut listener = config.bootstrap()["static_resources"]["listeners"][0].clone();
+        listener["name"] = json!(name);
+        listeners.push(listener);
+    }
+    if listeners.is_empty() {
+        return None;
+    }
+    let config = EnvoyConfig::from_file(&file).expect("the authority's configuration");
+    let config = config.patch(|bootstrap| bootstrap["static_resources"] = json!({ "listeners": listeners }));
+    let envoy = Envoy::start(config).await.expect("an authority");
+    for (name, _) in plans.iter().filter(|(_, plan)| plan.authority.is_some()) {
+        let health = format!("http://{}/interlock/v1/health", envoy.listener(name).expect("a listener"));
+        wait_for_async("the end of the grace", DEADLINE, async || {
+            Client::http1_fresh().get(&health).send().await.expect("an answer").status == 200
+        })
+        .await;
+    }
+    Some(envoy)
+}
+
+/// The cluster by which a sidecar reaches its authority, as it ships.
+fn cluster_of(name: &str, address: SocketAddr) -> Value {
+    let file = tools::root().join("envoy/sidecar.yaml");
+    let config = EnvoyConfig::from_file(&file).expect("the sidecar's configuration");
+    let config = config.cluster("interlock-authority", address);
+    let clusters = config.bootstrap()["static_resources"]["clusters"].as_array().expect("clusters");
+    let mut cluster =
+        clusters.iter().find(|cluster| cluster["name"] == "interlock-authority").expect("its cluster").clone();
+    cluster["name"] = json!(format!("authority-{name}"));
+    cluster["load_assignment"]["cluster_name"] = cluster["name"].clone();
+    cluster
 }
 
 /// A test's own listener, instance and upstream.
@@ -201,6 +258,11 @@ impl Lane {
     /// The Envoy.
     pub fn envoy(&self) -> &Envoy {
         &self.stage.envoy
+    }
+
+    /// Whether its locks are in another Envoy.
+    pub fn is_far(&self) -> bool {
+        self.stage.authority.as_ref().is_some_and(|authority| authority.listener(self.name).is_some())
     }
 
     /// The upstream behind it.
@@ -303,6 +365,10 @@ impl Lane {
         let answer: Answer = sentinel.answer().await.expect("an answer");
         assert_eq!(answer.status, 200, "{}", answer.text());
         at_rest(self.envoy(), &labels[..1]).await;
+        if let Some(authority) = &self.stage.authority {
+            at_rest(authority, &labels[..1]).await;
+            assert_eq!(reloads(authority).await, BTreeMap::new(), "VMs of the authority died");
+        }
         assert_eq!(reloads(self.envoy()).await, BTreeMap::new(), "VMs died");
     }
 }

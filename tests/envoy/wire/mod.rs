@@ -13,7 +13,7 @@ use std::rc::Rc;
 use interlock_conformance::need::{self, Aspect};
 use interlock_conformance::{Need, Profile, Report, Verdict, cases};
 use interlock_testkit::{EnvoyConfig, Route};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 use tokio::task::{JoinSet, LocalSet, spawn_local};
 
@@ -75,19 +75,38 @@ const PROFILE: Profile = Profile {
     virtual_clock: false,
 };
 
+/// The same, where the sidecar asks an authority.
+const FAR_PROFILE: Profile = Profile { name: "wire, locks at an authority", ..PROFILE };
+
+/// One Envoy.
 static STAGE: Stage = Stage::new(|| {
+    let plan = |reentrancy| Plan::new(policy(reentrancy)).patch(settled);
+    vec![("counting", plan("owner")), ("rejecting", plan("none")), ("permits", plan("owner"))]
+});
+
+/// A sidecar and its authority.
+static FAR_STAGE: Stage = Stage::new(|| {
     let plan = |reentrancy| {
-        // No wait ends by itself but where a case says so.
-        let policy = json!({
-            "reentrancy": reentrancy,
-            "classes": names::classes(&PROFILE),
-            "defaults": { "wait": "50s", "ttl": "30s" },
-            "limits": { "max_wait": "50s" },
-        });
-        Plan::new(policy).patch(settled)
+        let mut sidecar = policy("owner");
+        sidecar.as_object_mut().expect("a policy").remove("reentrancy");
+        let mut authority = policy(reentrancy);
+        // The longest TTL is also the time for which a new authority grants nothing.
+        authority["limits"]["max_ttl"] = json!("2s");
+        authority["defaults"] = json!({ "wait": "50s", "ttl": "2s", "hold": "300s" });
+        Plan::new(sidecar).patch(settled).authority(authority)
     };
     vec![("counting", plan("owner")), ("rejecting", plan("none")), ("permits", plan("owner"))]
 });
+
+fn policy(reentrancy: &str) -> Value {
+    // No wait ends by itself but where a case says so.
+    json!({
+        "reentrancy": reentrancy,
+        "classes": names::classes(&PROFILE),
+        "defaults": { "wait": "50s", "ttl": "30s" },
+        "limits": { "max_wait": "50s" },
+    })
+}
 
 fn settled(config: EnvoyConfig) -> EnvoyConfig {
     config.route(Route::path(caller::SETTLED).patch(|route| {
@@ -98,16 +117,25 @@ fn settled(config: EnvoyConfig) -> EnvoyConfig {
 
 #[test]
 fn every_case_that_requests_can_tell_passes() {
+    every_case(&STAGE, &PROFILE);
+}
+
+#[test]
+fn every_case_that_requests_can_tell_passes_with_the_locks_at_an_authority() {
+    every_case(&FAR_STAGE, &FAR_PROFILE);
+}
+
+fn every_case(stage: &'static Stage, profile: &'static Profile) {
     run(LocalSet::new().run_until(async {
         let mut lanes = BTreeMap::new();
         for name in ["counting", "rejecting", "permits"] {
-            lanes.insert(name, Rc::new(STAGE.lane(name).await));
+            lanes.insert(name, Rc::new(stage.lane(name).await));
         }
         let room = Rc::new(Semaphore::new(AT_ONCE));
         let mut verdicts = BTreeMap::new();
         let mut running = JoinSet::new();
         for (number, case) in cases().iter().enumerate() {
-            if let Some(why) = need::skip(case, &PROFILE) {
+            if let Some(why) = need::skip(case, profile) {
                 verdicts.insert(number, Verdict::Skipped(why.to_owned()));
                 continue;
             }
@@ -116,7 +144,7 @@ fn every_case_that_requests_can_tell_passes() {
                 let _place = room.acquire().await.expect("a place");
                 // A task of its own, so that a panic is known by its case.
                 let done = spawn_local(async move {
-                    interlock_conformance::run(case, &PROFILE, &mut Wire::new(number, case, lane)).await
+                    interlock_conformance::run(case, profile, &mut Wire::new(number, case, lane)).await
                 });
                 (number, done.await.unwrap_or_else(|panic| Err(panic.to_string())))
             });
@@ -125,9 +153,9 @@ fn every_case_that_requests_can_tell_passes() {
             let (number, done) = done.expect("a case");
             verdicts.insert(number, done.map_or_else(Verdict::Failed, |()| Verdict::Passed));
         }
-        let mut report = Report::new(&PROFILE);
+        let mut report = Report::new(profile);
         for (number, verdict) in verdicts {
-            report.add(&cases()[number], &PROFILE, verdict);
+            report.add(&cases()[number], profile, verdict);
         }
         report.settle(&SKIPPED);
         for (name, lane) in &lanes {

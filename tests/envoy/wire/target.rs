@@ -84,7 +84,7 @@ impl Wire {
 
     async fn caller(&mut self, who: &str) -> &Caller {
         if !self.callers.contains_key(who) {
-            let caller = Caller::connect(self.lane.address(), self.number_of(who)).await;
+            let caller = Caller::connect(self.lane.address(), self.number_of(who), self.lane.is_far()).await;
             self.callers.insert(who.to_owned(), caller);
         }
         &self.callers[who]
@@ -175,7 +175,9 @@ impl Wire {
     async fn extra(&mut self, who: &str, lock: Option<&str>, fence: Option<&str>) -> (Answer, Option<Recorded>) {
         self.extras += 1;
         let path = format!("/{}-extra-{}", self.number, self.extras);
-        let answer = self.caller(who).await.send(&path, lock, fence).await.expect("a task").expect("an answer");
+        let caller = self.caller(who).await;
+        let answer = caller.send(&path, lock, fence).await.expect("a task").expect("an answer");
+        caller.settle().await;
         (answer, self.seen(&path))
     }
 
