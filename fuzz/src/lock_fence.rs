@@ -9,7 +9,7 @@ use hmac::{Hmac, KeyInit, Mac};
 use interlock::annotation::list::{self, MAX_MEMBERS};
 use interlock::answer::headers::{FenceMember, lock_fence, parse_lock_fence};
 use interlock::filter::{fences, intake};
-use interlock::policy::Policy;
+use interlock::policy::{Policy, Signed};
 use interlock_core::{Fence, Mode, OwnerId};
 use sfv::{List, Parser};
 use sha2::Sha256;
@@ -66,7 +66,7 @@ fn round_trip(members: &[FenceMember]) {
 
 /// Whether a signature is good, from the documented layout: version, key id, expiry, HMAC.
 fn is_good(member: &FenceMember, owner: &OwnerId) -> bool {
-    let Some([1, length, rest @ ..]) = member.sig.as_deref() else { return false };
+    let Some([2, length, rest @ ..]) = member.sig.as_deref() else { return false };
     let Some((id, rest)) = rest.split_at_checked(usize::from(*length)) else { return false };
     let Some((expiry, mac)) = rest.split_first_chunk::<8>() else { return false };
     let key = KEYS.iter().find(|(known, _)| known.as_bytes() == id);
@@ -76,9 +76,10 @@ fn is_good(member: &FenceMember, owner: &OwnerId) -> bool {
 
 fn hmac(secret: &str, member: &FenceMember, owner: &OwnerId, expiry: u64) -> Vec<u8> {
     let mut mac = Hmac::<Sha256>::new_from_slice(secret.as_bytes()).expect("any length will do");
-    mac.update(b"interlock-fence\x01");
+    mac.update(b"interlock-fence\x02");
     let (name, fence) = (member.name.as_str().as_bytes(), member.fence.0.to_be_bytes());
-    for part in [name, &fence, owner.as_str().as_bytes(), &expiry.to_be_bytes()] {
+    let (mode, owner) = (member.mode.as_str().as_bytes(), owner.as_str().as_bytes());
+    for part in [name, &fence, mode, owner, &expiry.to_be_bytes()] {
         mac.update(&u32::try_from(part.len()).expect("short").to_be_bytes());
         mac.update(part);
     }
@@ -88,16 +89,19 @@ fn hmac(secret: &str, member: &FenceMember, owner: &OwnerId, expiry: u64) -> Vec
 /// A good signature of a grant, by the key of that number.
 pub fn sign(member: &FenceMember, owner: &OwnerId, key: usize, expiry: u64) -> Vec<u8> {
     let (id, secret) = KEYS[key];
-    let head = [&[1, u8::try_from(id.len()).expect("short")], id.as_bytes(), &expiry.to_be_bytes()].concat();
+    let head = [&[2, u8::try_from(id.len()).expect("short")], id.as_bytes(), &expiry.to_be_bytes()].concat();
     [head, hmac(secret, member, owner, expiry)].concat()
+}
+
+fn says<'a>(member: &'a FenceMember, owner: &'a OwnerId) -> Signed<'a> {
+    Signed { name: &member.name, fence: member.fence, mode: member.mode, owner }
 }
 
 /// The same members with signatures that are good, then with ones that are almost.
 fn signed(members: &[FenceMember], owner: &OwnerId, flip: &[u8]) {
-    let verify =
-        |member: &FenceMember, sig: &[u8], now| POLICY.keys.verify(&member.name, member.fence, owner, sig, now);
+    let verify = |member: &FenceMember, sig: &[u8], now| POLICY.keys.verify(&says(member, owner), sig, now);
     for member in members {
-        let shipped = POLICY.keys.sign(&member.name, member.fence, owner, EXPIRY).expect("there are keys");
+        let shipped = POLICY.keys.sign(&says(member, owner), EXPIRY).expect("there are keys");
         assert_eq!(shipped, sign(member, owner, 0, EXPIRY));
         for key in 0..KEYS.len() {
             let good = sign(member, owner, key, EXPIRY);
@@ -114,6 +118,9 @@ fn signed(members: &[FenceMember], owner: &OwnerId, flip: &[u8]) {
             }
             let other = FenceMember { fence: Fence(member.fence.0 ^ 1), ..member.clone() };
             assert!(verify(&other, &good, UNIX_MS).is_err(), "it is of another fence");
+            let mode = if member.mode == Mode::Shared { Mode::Exclusive } else { Mode::Shared };
+            let other = FenceMember { mode, ..member.clone() };
+            assert!(verify(&other, &good, UNIX_MS).is_err(), "it is of another mode");
         }
     }
 }

@@ -83,7 +83,7 @@ pub struct FenceMember {
     pub fence: Fence,
     /// The mode in which it is held.
     pub mode: Mode,
-    /// The signature over name, fence, owner and expiry, where the policy has keys.
+    /// The signature over name, fence, mode, owner and expiry, where the policy has keys.
     pub sig: Option<Vec<u8>>,
 }
 

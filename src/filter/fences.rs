@@ -10,7 +10,7 @@ use crate::answer::headers::{self, FenceMember};
 use crate::backend::Lease;
 use crate::backend::local::Local;
 use crate::host::{Headers, Host};
-use crate::policy::Policy;
+use crate::policy::{Policy, Signed};
 
 /// The inbound fences of the effective stream's request that verify and belong to its owner. Nothing is read without
 /// keys, since nothing could verify.
@@ -26,8 +26,8 @@ pub fn verified(host: &dyn Host, policy: &Policy) -> Vec<FenceMember> {
         if bug!(UnsignedFencePassed) {
             return true;
         }
-        let signed = member.sig.as_deref();
-        signed.is_some_and(|sig| policy.keys.verify(&member.name, member.fence, &owner, sig, now).is_ok())
+        let says = Signed { name: &member.name, fence: member.fence, mode: member.mode, owner: &owner };
+        member.sig.as_deref().is_some_and(|sig| policy.keys.verify(&says, sig, now).is_ok())
     });
     members
 }
@@ -40,7 +40,8 @@ pub fn of(host: &dyn Host, case: &Case, lease: &Lease) -> Vec<FenceMember> {
         // A fence is good for as long as its grant can be renewed.
         let left = grant.until.since(host.now());
         let expiry = u64::try_from(left.as_millis()).unwrap_or(u64::MAX).saturating_add(host.unix_micros() / 1000);
-        keys.sign(&grant.name, grant.fence, case.owner.as_ref()?, expiry)
+        let owner = case.owner.as_ref()?;
+        keys.sign(&Signed { name: &grant.name, fence: grant.fence, mode: grant.mode, owner }, expiry)
     };
     let member = |grant: &Grant| FenceMember {
         name: grant.name.clone(),

@@ -4,26 +4,26 @@
 //!
 //! | bytes | what |
 //! | --- | --- |
-//! | 1 | version, 1 |
+//! | 1 | version, 2 |
 //! | 1 | length of the key's id, 1 to 64 |
 //! | that many | the key's id |
 //! | 8 | expiry, milliseconds since 1970 |
 //! | 32 | HMAC-SHA256 under that key |
 //!
-//! What the HMAC is over: the words `interlock-fence`, the version, then name, fence (8 bytes), owner and expiry (8 bytes),
-//! each with its length (4 bytes) in front, so that no two different grants have the same input.
+//! What the HMAC is over: the words `interlock-fence`, the version, then name, fence (8 bytes), mode (its word), owner and
+//! expiry (8 bytes), each with its length (4 bytes) in front, so that no two different grants have the same input.
 
 use std::collections::BTreeMap;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use hmac::{Hmac, KeyInit, Mac};
-use interlock_core::{Fence, LockName, OwnerId};
+use interlock_core::{Fence, LockName, Mode, OwnerId};
 use sha2::Sha256;
 
 use super::reader::{PolicyError, Reader};
 
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 const MAC: usize = 32;
 
 /// The shortest secret, in bytes.
@@ -45,6 +45,19 @@ impl std::fmt::Debug for Keys {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_list().entries(self.0.iter().map(|key| &key.id)).finish()
     }
+}
+
+/// What a signature vouches for: that this owner was granted this lock, in this mode, under this fence.
+#[derive(Clone, Copy, Debug)]
+pub struct Signed<'a> {
+    /// The lock.
+    pub name: &'a LockName,
+    /// The fence of the grant.
+    pub fence: Fence,
+    /// The mode of the grant: a guard judges by it which fences are in each other's way.
+    pub mode: Mode,
+    /// Whom it was granted to.
+    pub owner: &'a OwnerId,
 }
 
 /// Why a signature is worth nothing.
@@ -70,14 +83,14 @@ impl Keys {
         self.0.is_empty()
     }
 
-    /// Signs a grant until `expiry_unix_ms`, with the first key. Nothing where there is none.
-    pub fn sign(&self, name: &LockName, fence: Fence, owner: &OwnerId, expiry_unix_ms: u64) -> Option<Vec<u8>> {
+    /// Signs what a grant says until `expiry_unix_ms`, with the first key. Nothing where there is none.
+    pub fn sign(&self, signed: &Signed<'_>, expiry_unix_ms: u64) -> Option<Vec<u8>> {
         let key = self.0.first()?;
         let length = u8::try_from(key.id.len()).ok()?;
         let mut signature = vec![VERSION, length];
         signature.extend_from_slice(key.id.as_bytes());
         signature.extend_from_slice(&expiry_unix_ms.to_be_bytes());
-        signature.extend_from_slice(&key.feed(name, fence, owner, expiry_unix_ms).finalize().into_bytes());
+        signature.extend_from_slice(&key.feed(signed, expiry_unix_ms).finalize().into_bytes());
         Some(signature)
     }
 
@@ -86,14 +99,7 @@ impl Keys {
     ///
     /// # Errors
     /// The signature says nothing about this grant, or no longer.
-    pub fn verify(
-        &self,
-        name: &LockName,
-        fence: Fence,
-        owner: &OwnerId,
-        signature: &[u8],
-        now_unix_ms: u64,
-    ) -> Result<u64, BadSignature> {
+    pub fn verify(&self, signed: &Signed<'_>, signature: &[u8], now_unix_ms: u64) -> Result<u64, BadSignature> {
         let [VERSION, length, rest @ ..] = signature else {
             return Err(BadSignature::Malformed);
         };
@@ -104,7 +110,7 @@ impl Keys {
         }
         let expiry = u64::from_be_bytes(*expiry);
         let key = self.0.iter().find(|key| key.id.as_bytes() == id).ok_or(BadSignature::UnknownKey)?;
-        key.feed(name, fence, owner, expiry).verify_slice(mac).map_err(|_| BadSignature::Mismatch)?;
+        key.feed(signed, expiry).verify_slice(mac).map_err(|_| BadSignature::Mismatch)?;
         if expiry <= now_unix_ms { Err(BadSignature::Expired) } else { Ok(expiry) }
     }
 
@@ -197,13 +203,18 @@ impl Key {
         mac
     }
 
-    fn feed(&self, name: &LockName, fence: Fence, owner: &OwnerId, expiry: u64) -> Hmac<Sha256> {
+    fn feed(&self, signed: &Signed<'_>, expiry: u64) -> Hmac<Sha256> {
+        let Signed { name, fence, mode, owner } = signed;
         let mut mac = self.mac.clone();
         mac.update(b"interlock-fence");
         mac.update(&[VERSION]);
-        for field in
-            [name.as_str().as_bytes(), &fence.0.to_be_bytes(), owner.as_str().as_bytes(), &expiry.to_be_bytes()]
-        {
+        for field in [
+            name.as_str().as_bytes(),
+            &fence.0.to_be_bytes(),
+            mode.as_str().as_bytes(),
+            owner.as_str().as_bytes(),
+            &expiry.to_be_bytes(),
+        ] {
             // Names and owners have at most 256 bytes.
             mac.update(&u32::try_from(field.len()).unwrap_or(u32::MAX).to_be_bytes());
             mac.update(field);
@@ -231,61 +242,73 @@ mod tests {
         (read(&json!([old])).unwrap(), read(&json!([new, old])).unwrap())
     }
 
-    fn grant() -> (LockName, Fence, OwnerId) {
-        (LockName::parse("order/42").unwrap(), Fence(176), OwnerId::new("t-1").unwrap())
+    fn grant() -> (LockName, OwnerId) {
+        (LockName::parse("order/42").unwrap(), OwnerId::new("t-1").unwrap())
+    }
+
+    fn signed((name, owner): &(LockName, OwnerId)) -> Signed<'_> {
+        Signed { name, fence: Fence(176), mode: Mode::Exclusive, owner }
     }
 
     #[test]
     fn the_first_signs_and_all_verify() {
         let (old, new) = old_and_new();
-        let (name, fence, owner) = grant();
-        let by_old = old.sign(&name, fence, &owner, 1000).unwrap();
-        let by_new = new.sign(&name, fence, &owner, 1000).unwrap();
-        assert_eq!(new.verify(&name, fence, &owner, &by_old, 999), Ok(1000));
-        assert_eq!(new.verify(&name, fence, &owner, &by_new, 999), Ok(1000));
-        assert_eq!(old.verify(&name, fence, &owner, &by_new, 999), Err(BadSignature::UnknownKey));
-        assert_eq!(new.verify(&name, fence, &owner, &by_new, 1000), Err(BadSignature::Expired));
-        assert_eq!(Keys::default().sign(&name, fence, &owner, 1), None);
+        let grant = grant();
+        let grant = signed(&grant);
+        let by_old = old.sign(&grant, 1000).unwrap();
+        let by_new = new.sign(&grant, 1000).unwrap();
+        assert_eq!(new.verify(&grant, &by_old, 999), Ok(1000));
+        assert_eq!(new.verify(&grant, &by_new, 999), Ok(1000));
+        assert_eq!(old.verify(&grant, &by_new, 999), Err(BadSignature::UnknownKey));
+        assert_eq!(new.verify(&grant, &by_new, 1000), Err(BadSignature::Expired));
+        assert_eq!(Keys::default().sign(&grant, 1), None);
     }
 
     #[test]
     fn a_signature_fits_one_grant_only() {
         let (_, keys) = old_and_new();
-        let (name, fence, owner) = grant();
-        let signature = keys.sign(&name, fence, &owner, 1000).unwrap();
+        let grant = grant();
+        let grant = signed(&grant);
+        let signature = keys.sign(&grant, 1000).unwrap();
         let other_name = LockName::parse("order/4").unwrap();
         let other_owner = OwnerId::new("t-2").unwrap();
-        for (name, fence, owner) in
-            [(&other_name, fence, &owner), (&name, Fence(177), &owner), (&name, fence, &other_owner)]
-        {
-            assert_eq!(keys.verify(name, fence, owner, &signature, 0), Err(BadSignature::Mismatch));
+        for other in [
+            Signed { name: &other_name, ..grant },
+            Signed { fence: Fence(177), ..grant },
+            Signed { mode: Mode::Shared, ..grant },
+            Signed { owner: &other_owner, ..grant },
+        ] {
+            assert_eq!(keys.verify(&other, &signature, 0), Err(BadSignature::Mismatch), "{other:?}");
         }
     }
 
     #[test]
     fn no_changed_or_shortened_signature_passes() {
         let (_, keys) = old_and_new();
-        let (name, fence, owner) = grant();
-        let signature = keys.sign(&name, fence, &owner, 1000).unwrap();
+        let grant = grant();
+        let grant = signed(&grant);
+        let signature = keys.sign(&grant, 1000).unwrap();
         for at in 0..signature.len() {
             let mut changed = signature.clone();
             changed[at] ^= 1;
-            assert!(keys.verify(&name, fence, &owner, &changed, 0).is_err(), "byte {at}");
-            assert!(keys.verify(&name, fence, &owner, &signature[..at], 0).is_err(), "{at} bytes");
+            assert!(keys.verify(&grant, &changed, 0).is_err(), "byte {at}");
+            assert!(keys.verify(&grant, &signature[..at], 0).is_err(), "{at} bytes");
         }
         let mut longer = signature;
         longer.push(0);
-        assert_eq!(keys.verify(&name, fence, &owner, &longer, 0), Err(BadSignature::Malformed));
+        assert_eq!(keys.verify(&grant, &longer, 0), Err(BadSignature::Malformed));
     }
 
     #[test]
     fn the_layout_is_the_documented_one() {
         let (old, _) = old_and_new();
-        let (name, fence, owner) = grant();
-        let signature = old.sign(&name, fence, &owner, 0x0102).unwrap();
-        assert_eq!(&signature[..17], b"\x01\x072026-10\0\0\0\0\0\0\x01\x02");
+        let grant = grant();
+        let grant = signed(&grant);
+        let signature = old.sign(&grant, 0x0102).unwrap();
+        assert_eq!(&signature[..17], b"\x02\x072026-10\0\0\0\0\0\0\x01\x02");
         let mut mac = Hmac::<Sha256>::new_from_slice(b"0123456789abcdef").unwrap();
-        mac.update(b"interlock-fence\x01\0\0\0\x08order/42\0\0\0\x08\0\0\0\0\0\0\0\xB0\0\0\0\x03t-1\0\0\0\x08\0\0\0\0\0\0\x01\x02");
+        mac.update(b"interlock-fence\x02\0\0\0\x08order/42\0\0\0\x08\0\0\0\0\0\0\0\xB0\0\0\0\x09exclusive");
+        mac.update(b"\0\0\0\x03t-1\0\0\0\x08\0\0\0\0\0\0\x01\x02");
         assert_eq!(&signature[17..], mac.finalize().into_bytes().as_slice());
     }
 

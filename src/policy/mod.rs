@@ -28,7 +28,7 @@ use interlock_core::{Classes, Mode, Want};
 pub use api::Api;
 pub use backend::{Authority, Backend};
 pub use duration::{LONGEST, parse as parse_duration, spell as spell_duration};
-pub use keys::{BadSignature, Keys};
+pub use keys::{BadSignature, Keys, Signed};
 pub use reader::PolicyError;
 pub use rules::{Lookup, Match, Rule, RuleLock, Rules};
 pub use share::Share;
