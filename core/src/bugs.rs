@@ -152,6 +152,21 @@ bugs! {
     /// One waiter more than the limit allows.
     WaitersOffByOne,
 
+    // The memory of fences.
+
+    /// A fence that is below a later one passes.
+    StaleFencePasses,
+    /// A fence that is higher than what was seen before is not remembered.
+    SeenFenceNotRaised,
+    /// A re-entry, which has the fence of its section, is taken for late.
+    EqualFenceStale,
+    /// Of readers that hold side by side the one with the lower fence is taken for late.
+    ReadersStale,
+    /// A fence is forgotten while a lower one can still be shown.
+    SeenForgottenEarly,
+    /// What a full memory forgets may come back with any fence.
+    ForgottenWithoutFloor,
+
     // The lease protocol: the authority.
 
     /// A release that overtakes its request is not remembered.

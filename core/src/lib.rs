@@ -37,6 +37,7 @@ pub mod name;
 pub mod queue;
 pub mod refusal;
 pub mod request;
+pub mod seen;
 pub mod session;
 pub mod store;
 pub mod table;

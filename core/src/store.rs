@@ -51,6 +51,8 @@ pub enum Kind {
     Leases,
     /// [`Sessions`], of which there is one.
     Sessions,
+    /// [`crate::seen::SeenBucket`]
+    Seen,
 }
 
 /// What a store keeps. A record that was never written is the default one.

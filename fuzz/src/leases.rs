@@ -41,6 +41,8 @@ impl<'a> ByteStore<'a> {
             Kind::Owners => self.input.owners,
             Kind::Leases => self.input.leases,
             Kind::Sessions => self.input.sessions,
+            // No lease has to do with what a guard has seen.
+            Kind::Seen => &[],
         }
     }
 

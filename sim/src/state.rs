@@ -289,6 +289,8 @@ impl State {
             Kind::Owners => (&*self.owners[at].record, self.owners[at].version),
             Kind::Sessions => (&*self.sessions.record, self.sessions.version),
             Kind::Leases => (&*self.named[at].record, self.named[at].version),
+            // Nobody here guards anything.
+            Kind::Seen => return (R::default(), 0),
         };
         (any.downcast_ref::<R>().cloned().unwrap_or_default(), version)
     }
@@ -301,6 +303,7 @@ impl State {
             Kind::Owners => self.owners[at].version,
             Kind::Sessions => self.sessions.version,
             Kind::Leases => self.named[at].version,
+            Kind::Seen => 0,
         }
     }
 

@@ -75,6 +75,7 @@ impl Space {
             Kind::Owners => format!("{}/o/{index}", self.prefix),
             Kind::Leases => format!("{}/a/{index}", self.prefix),
             Kind::Sessions => format!("{}/s", self.prefix),
+            Kind::Seen => format!("{}/f/{index}", self.prefix),
         }
     }
 }
