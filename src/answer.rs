@@ -7,7 +7,7 @@ pub mod headers;
 use std::fmt::Write;
 use std::time::Duration;
 
-use interlock_core::{Cause, Edge, Holder, Limit, LockName, Loss, Mode, OwnerId, Refusal};
+use interlock_core::{Cause, Edge, Fence, Holder, Limit, LockName, Loss, Mode, OwnerId, Refusal};
 use serde::Serialize;
 
 use crate::annotation::AnnotationError;
@@ -42,8 +42,42 @@ pub enum Reject {
         /// Who it is.
         owner: Option<OwnerId>,
     },
+    /// It is guarded, and shows no fence that counts.
+    FenceRequired {
+        /// The lock that it must hold.
+        lock: LockName,
+        /// Whose it is, if it says.
+        owner: Option<OwnerId>,
+        /// What it shows instead.
+        shown: Shown,
+    },
+    /// It is guarded, and shows a fence of a grant that has ended: one of a later grant was seen.
+    StaleFence {
+        /// The lock.
+        lock: LockName,
+        /// Whose the fence is.
+        owner: OwnerId,
+        /// The fence.
+        fence: Fence,
+    },
+    /// It is guarded, and its owner does not hold the lock now.
+    NotHolder {
+        /// The lock.
+        lock: LockName,
+        /// Whose it is.
+        owner: OwnerId,
+    },
     /// The lock manager refused it.
     Core(Refusal),
+}
+
+/// What a request shows in the place of a fence that counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shown {
+    /// No fence for the lock.
+    Nothing,
+    /// One that does not count. Which of the reasons it is helps nobody but forgers.
+    Unverified,
 }
 
 impl From<AnnotationError> for Reject {
@@ -76,6 +110,7 @@ mod grpc {
     pub const INVALID_ARGUMENT: u8 = 3;
     pub const PERMISSION_DENIED: u8 = 7;
     pub const RESOURCE_EXHAUSTED: u8 = 8;
+    pub const FAILED_PRECONDITION: u8 = 9;
     pub const ABORTED: u8 = 10;
     pub const UNAVAILABLE: u8 = 14;
 }
@@ -86,6 +121,9 @@ impl Reject {
         match self {
             Reject::Malformed { .. } | Reject::OwnerMissing { .. } => "malformed-annotation",
             Reject::Forbidden { .. } => "forbidden",
+            Reject::FenceRequired { .. } => "fence-required",
+            Reject::StaleFence { .. } => "stale-fence",
+            Reject::NotHolder { .. } => "not-holder",
             Reject::Core(refusal) => refusal.cause.slug(),
         }
     }
@@ -95,6 +133,9 @@ impl Reject {
             Reject::Malformed { .. } => (400, grpc::INVALID_ARGUMENT, "The lock annotation is wrong"),
             Reject::OwnerMissing { .. } => (400, grpc::INVALID_ARGUMENT, "The request names no lock owner"),
             Reject::Forbidden { .. } => (403, grpc::PERMISSION_DENIED, "The caller may not take this lock"),
+            Reject::FenceRequired { .. } => (428, grpc::FAILED_PRECONDITION, "A fence is required"),
+            Reject::StaleFence { .. } => (412, grpc::FAILED_PRECONDITION, "The fence is stale"),
+            Reject::NotHolder { .. } => (412, grpc::FAILED_PRECONDITION, "The owner does not hold the lock"),
             Reject::Core(refusal) => match &refusal.cause {
                 Cause::Deadlock { .. } => (409, grpc::ABORTED, "Waiting would deadlock"),
                 Cause::OrderViolation { .. } => (409, grpc::ABORTED, "The lock is out of order"),
@@ -132,6 +173,9 @@ impl Reject {
         match self {
             Reject::Malformed { .. } | Reject::OwnerMissing { .. } => None,
             Reject::Forbidden { lock, .. } => lock.as_ref(),
+            Reject::FenceRequired { lock, .. } | Reject::StaleFence { lock, .. } | Reject::NotHolder { lock, .. } => {
+                Some(lock)
+            }
             Reject::Core(refusal) => Some(&refusal.lock),
         }
     }
@@ -140,7 +184,8 @@ impl Reject {
     pub fn owner(&self) -> Option<&OwnerId> {
         match self {
             Reject::Malformed { .. } | Reject::OwnerMissing { .. } => None,
-            Reject::Forbidden { owner, .. } => owner.as_ref(),
+            Reject::Forbidden { owner, .. } | Reject::FenceRequired { owner, .. } => owner.as_ref(),
+            Reject::StaleFence { owner, .. } | Reject::NotHolder { owner, .. } => Some(owner),
             Reject::Core(refusal) => Some(&refusal.owner),
         }
     }
@@ -154,6 +199,17 @@ impl Reject {
                 let names: Vec<_> = sources.iter().map(|source| source.header()).collect();
                 format!("a lock needs an owner, and the request has no usable {}", names.join(" or "))
             }
+            Reject::FenceRequired { lock, shown: Shown::Nothing, .. } => {
+                format!("{lock} is guarded, and the request carries no lock-fence for it")
+            }
+            Reject::FenceRequired { lock, shown: Shown::Unverified, .. } => format!(
+                "{lock} is guarded, and the lock-fence that the request carries for it does not count: it must be signed with a \
+                 key that is known here, for the owner that the request names, and not have expired"
+            ),
+            Reject::StaleFence { lock, fence, .. } => {
+                format!("fence {fence} of {lock} is stale: one of a later grant has been seen here")
+            }
+            Reject::NotHolder { lock, owner } => format!("{owner} does not hold {lock} now"),
             Reject::Core(refusal) => refusal_detail(refusal),
         };
         encode(&detail, false)

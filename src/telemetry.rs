@@ -36,6 +36,7 @@ enum Family {
     Backend,
     BackendError,
     Audit,
+    Guard,
     TableLocks,
     TableOwners,
     Sweep,
@@ -56,6 +57,7 @@ impl Family {
             Family::Backend => "interlock_backend_ms",
             Family::BackendError => "interlock_backend_error_total",
             Family::Audit => "interlock_audit_total",
+            Family::Guard => "interlock_guard_total",
             Family::TableLocks => "interlock_table_locks",
             Family::TableOwners => "interlock_table_owners",
             Family::Sweep => "interlock_sweep_total",
@@ -140,6 +142,11 @@ impl Telemetry {
     /// What enforcement would have done to a lock of that class; `reason` is empty where it would have been granted.
     pub fn audit(&self, host: &dyn Host, class: &str, outcome: &'static str, reason: &'static str) {
         self.count(host, Family::Audit, class, outcome, reason);
+    }
+
+    /// A request came by a guard for a lock of that class; `reason` is the slug of a refusal.
+    pub fn guarded(&self, host: &dyn Host, class: &str, outcome: &'static str, reason: &'static str) {
+        self.count(host, Family::Guard, class, outcome, reason);
     }
 
     /// What an operation on the table brought about: for how long locks were held, and which leases expired. Events say

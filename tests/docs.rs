@@ -12,14 +12,15 @@ use std::path::Path;
 use std::time::Duration;
 
 use interlock::annotation;
-use interlock::answer::Reject;
 use interlock::answer::headers::{Outcome, lock_fence, lock_status, parse_lock_fence};
+use interlock::answer::{Reject, Shown};
 use interlock::policy::Policy;
-use interlock_core::{Cause, Limit, LockName, Loss, Mode, OwnerId, Refusal};
+use interlock_core::{Cause, Fence, Limit, LockName, Loss, Mode, OwnerId, Refusal};
 use serde_json::Value;
 
 /// The pages with policies in them.
-const PAGES: [&str; 5] = ["docs/policy.md", "docs/api.md", "docs/authority.md", "README.md", "examples/bank/README.md"];
+const PAGES: [&str; 6] =
+    ["docs/policy.md", "docs/api.md", "docs/authority.md", "docs/guard.md", "README.md", "examples/bank/README.md"];
 
 fn read(file: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
@@ -123,13 +124,14 @@ fn the_policy_of_the_bootstrap_parses() {
 fn the_default_policy_is_the_one_that_is_written_out() {
     let page = read("docs/policy.md");
     let (_, written) = blocks(&page).into_iter().find(|(info, _)| info == "yaml").unwrap();
-    let fields = ["annotations", "backend", "classes", "defaults", "enforcement", "instance", "keys", "limits"];
+    let fields =
+        ["annotations", "backend", "classes", "defaults", "enforcement", "guard", "instance", "keys", "limits"];
     let fields = [&fields[..], &["on_backend_unavailable", "owner", "reentrancy", "rules"]].concat();
     let written = yaml(&written);
     assert_eq!(written.as_object().unwrap().keys().collect::<Vec<_>>(), fields);
     assert_eq!(written["limits"].as_object().unwrap().len(), 7);
     assert_eq!(written["defaults"].as_object().unwrap().len(), 4);
-    let default = parse(&serde_json::json!({ "rules": [] })).unwrap();
+    let default = parse(&serde_json::json!({ "rules": [], "guard": [] })).unwrap();
     assert_eq!(format!("{:?}", parse(&written).unwrap()), format!("{default:?}"));
 }
 
@@ -189,6 +191,9 @@ fn the_table_of_refusals_is_that_of_the_code() {
     let mut all: Vec<Reject> = causes.into_iter().map(core).collect();
     all.push(Reject::Malformed { detail: String::new() });
     all.push(Reject::Forbidden { detail: String::new(), lock: None, owner: None });
+    all.push(Reject::FenceRequired { lock: lock.clone(), owner: None, shown: Shown::Nothing });
+    all.push(Reject::StaleFence { lock: lock.clone(), owner: owner.clone(), fence: Fence(1) });
+    all.push(Reject::NotHolder { lock: lock.clone(), owner: owner.clone() });
     let real = all.iter().map(|reject| {
         let codes = (reject.http_status().to_string(), reject.grpc_status().to_string());
         (reject.slug().to_owned(), codes)

@@ -258,6 +258,15 @@ bugs! {
     LostLeasePasses,
     /// A request goes on without its lock when the backend fails.
     FailsOpen,
+
+    // The guard.
+
+    /// A guarded request passes with a fence of any lock.
+    FenceOfAnotherLock,
+    /// A guarded request passes if anybody holds the lock.
+    AnyHolderPasses,
+    /// A guarded request passes after its lease has ended, as long as nobody took the lock.
+    EndedHolderPasses,
 }
 
 /// Whether this is the bug that is switched on.

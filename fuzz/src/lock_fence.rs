@@ -8,7 +8,8 @@ use std::sync::LazyLock;
 use hmac::{Hmac, KeyInit, Mac};
 use interlock::annotation::list::{self, MAX_MEMBERS};
 use interlock::answer::headers::{FenceMember, lock_fence, parse_lock_fence};
-use interlock::filter::{fences, intake};
+use interlock::filter::fences;
+use interlock::filter::intake::Facts;
 use interlock::policy::{Policy, Signed};
 use interlock_core::{Fence, Mode, OwnerId};
 use sfv::{List, Parser};
@@ -36,16 +37,21 @@ pub fn run(data: &[u8]) {
     let fields = Fields::parse(data);
     let inbound = fields.all("lock-fence");
     let host = Bench::with_request(Fields::parse(data));
-    let owner = intake::owner(&host, &POLICY);
+    let facts = Facts::of(&host, &POLICY);
+    let owner = facts.owner().cloned();
     let parsed = parse_lock_fence(inbound.iter().copied());
     let joined = list::join(inbound.iter().copied());
     assert_eq!(parsed, parse_lock_fence([joined.as_slice()]), "several fields are one List");
 
-    let verified = fences::verified(&host, &POLICY);
+    let inbound = fences::inbound(&host, &POLICY, &facts);
+    assert_eq!(inbound.malformed, parsed.is_none());
+    let verified = inbound.verified;
     let members = parsed.unwrap_or_default();
     assert!(members.len() <= MAX_MEMBERS);
-    let believed = members.iter().filter(|member| owner.as_ref().is_some_and(|owner| is_good(member, owner)));
-    assert_eq!(verified, believed.cloned().collect::<Vec<_>>());
+    let is_believed = |member: &&FenceMember| owner.as_ref().is_some_and(|owner| is_good(member, owner));
+    let (believed, others): (Vec<_>, Vec<_>) = members.iter().partition(is_believed);
+    assert_eq!(verified, believed.into_iter().cloned().collect::<Vec<_>>());
+    assert_eq!(inbound.unverified, others.into_iter().map(|member| member.name.clone()).collect::<Vec<_>>());
     if members.is_empty() {
         return;
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use interlock::annotation::list::{self, ListError, MAX_MEMBERS};
 use interlock::annotation::{AnnotationError, Wanted, merge, parse_lock_header};
-use interlock::filter::intake::{self, Asked, Intake};
+use interlock::filter::intake::{self, Asked, Facts, Intake};
 use interlock::policy::{HeaderAnnotations, LONGEST, MIN_TTL, Policy};
 use interlock_core::{LockName, Mode};
 use sfv::{List, ListEntry, Parser};
@@ -120,7 +120,8 @@ fn request(policy: &Policy, data: &[u8]) {
     let annotated = reads && fields.first("lock").is_some();
     let caller = fields.first("%principal").map_or(0, <[u8]>::len);
     let (patience, principal) = (patience(&fields), fields.first("%principal").filter(|id| !id.is_empty()));
-    match intake::read(&Bench::with_request(Fields::parse(data)), policy) {
+    let host = Bench::with_request(Fields::parse(data));
+    match intake::read(&Facts::of(&host, policy)) {
         Intake::Nothing => assert!(!annotated, "an annotation is overlooked"),
         Intake::Reject(_, reject) => {
             check::refusal(&reject, 1024 + 8 * caller);

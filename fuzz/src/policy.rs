@@ -2,8 +2,8 @@
 //!
 //! Input: the configuration as it is.
 
-use interlock::filter::intake::{self, Asked, Intake};
-use interlock::policy::{LONGEST, MIN_TTL, Policy};
+use interlock::filter::intake::{self, Asked, Facts, Intake};
+use interlock::policy::{Check, LONGEST, MIN_TTL, Policy};
 use prost::Message;
 use prost_types::value::Kind;
 use prost_types::{ListValue, Struct};
@@ -68,7 +68,18 @@ fn in_force(policy: &Policy, texts: &[String]) {
     for rule in policy.rules.iter() {
         assert!((1..=policy.limits.locks_per_request as usize).contains(&rule.locks.len()), "{rule:?}");
     }
-    match intake::read(&Bench::with_request(Fields::parse(REQUEST)), policy) {
+    let guards = policy.guards.iter();
+    assert!(
+        guards.into_iter().all(|guard| guard.check == Check::Owner || !policy.keys.is_empty()),
+        "nothing could pass"
+    );
+    let host = Bench::with_request(Fields::parse(REQUEST));
+    let facts = Facts::of(&host, policy);
+    let guarded = facts.looked_up(|lookup| policy.guards.find(lookup).map(|matched| matched.lock(lookup)));
+    if let Some(Err(error)) = guarded {
+        check::one_line(&error.to_string(), 4096);
+    }
+    match intake::read(&facts) {
         Intake::Nothing => {}
         Intake::Reject(_, reject) => check::refusal(&reject, 4096),
         Intake::Locks(Asked { wants, .. }) => {

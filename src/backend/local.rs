@@ -35,7 +35,7 @@ const FORMAT: u8 = 2;
 const SWEEP_STEP: u32 = BUCKETS / 4;
 
 /// The keys of one table.
-struct Space {
+pub(super) struct Space {
     prefix: String,
     hash: SipHasher13,
 }
@@ -43,7 +43,7 @@ struct Space {
 impl Space {
     /// Opens the table. The first to do so chooses the secret by which names are spread over buckets, so that no client
     /// can choose names that all fall into one.
-    fn open(host: &dyn Host, instance: &str, purpose: Purpose) -> Result<Self, HostError> {
+    pub(super) fn open(host: &dyn Host, instance: &str, purpose: Purpose) -> Result<Self, HostError> {
         let purpose = match purpose {
             Purpose::Enforce => "enforce",
             Purpose::Audit => "audit",
@@ -81,9 +81,9 @@ impl Space {
 }
 
 /// The records of a table, in shared data.
-struct SharedStore<'a> {
-    host: &'a dyn Host,
-    space: &'a Space,
+pub(super) struct SharedStore<'a> {
+    pub(super) host: &'a dyn Host,
+    pub(super) space: &'a Space,
 }
 
 impl Store for SharedStore<'_> {
@@ -297,6 +297,20 @@ impl Local {
         fence: Fence,
     ) -> Result<Option<OwnerId>, StoreError> {
         with_scene(host, &self.space, rules, |scene| self.table.holder_of(scene, lock, fence))
+    }
+
+    /// See [`Table::held_by`].
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn held_by(
+        &mut self,
+        host: &dyn Host,
+        rules: &Rules,
+        lock: &LockName,
+        is: impl Fn(&OwnerId) -> bool,
+    ) -> Result<Option<Fence>, StoreError> {
+        with_scene(host, &self.space, rules, |scene| self.table.held_by(scene, lock, is))
     }
 
     /// Keeps house, if that falls to this VM: sweeps the next part of the table. Gives the count of a sweep that has been

@@ -7,6 +7,7 @@
 
 pub mod authority;
 pub mod local;
+pub mod seen;
 #[cfg(test)]
 mod tests;
 

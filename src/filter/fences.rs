@@ -2,9 +2,9 @@
 //!
 //! A fence from outside counts only if it is signed with one of the policy's keys, for this very owner.
 
-use interlock_core::{Grant, LeaseId, OwnerId, Rules, StoreError, bug};
+use interlock_core::{Grant, LeaseId, LockName, OwnerId, Rules, StoreError, bug};
 
-use super::intake;
+use super::intake::Facts;
 use super::stream::Case;
 use crate::answer::headers::{self, FenceMember};
 use crate::backend::Lease;
@@ -12,24 +12,37 @@ use crate::backend::local::Local;
 use crate::host::{Headers, Host};
 use crate::policy::{Policy, Signed};
 
-/// The inbound fences of the effective stream's request that verify and belong to its owner. Nothing is read without
-/// keys, since nothing could verify.
-pub fn verified(host: &dyn Host, policy: &Policy) -> Vec<FenceMember> {
+/// The fences that a request brings along.
+#[derive(Debug, Default)]
+pub struct Inbound {
+    /// Those that are signed with one of the keys, for this owner, and have not expired: they are believed, and passed on.
+    pub verified: Vec<FenceMember>,
+    /// The locks of the others, which count for nothing.
+    pub unverified: Vec<LockName>,
+    /// Whether the header could not be read, so that none of what is in it counts.
+    pub malformed: bool,
+}
+
+/// Reads the inbound fences of the effective stream's request. Nothing is read without keys, since nothing could verify.
+pub fn inbound(host: &dyn Host, policy: &Policy, facts: &Facts<'_>) -> Inbound {
     if policy.keys.is_empty() {
-        return Vec::new();
+        return Inbound::default();
     }
-    let Ok(Some(inbound)) = host.header_list(Headers::Request, "lock-fence") else { return Vec::new() };
-    let Some(owner) = intake::owner(host, policy) else { return Vec::new() };
+    let Ok(Some(inbound)) = host.header_list(Headers::Request, "lock-fence") else { return Inbound::default() };
     let now = host.unix_micros() / 1000;
-    let mut members = headers::parse_lock_fence([inbound.as_slice()]).unwrap_or_default();
-    members.retain(|member| {
+    let is_good = |member: &FenceMember| {
         if bug!(UnsignedFencePassed) {
             return true;
         }
-        let says = Signed { name: &member.name, fence: member.fence, mode: member.mode, owner: &owner };
+        let Some(owner) = facts.owner() else { return false };
+        let says = Signed { name: &member.name, fence: member.fence, mode: member.mode, owner };
         member.sig.as_deref().is_some_and(|sig| policy.keys.verify(&says, sig, now).is_ok())
-    });
-    members
+    };
+    let Some(members) = headers::parse_lock_fence([inbound.as_slice()]) else {
+        return Inbound { malformed: true, ..Inbound::default() };
+    };
+    let (verified, others) = members.into_iter().partition::<Vec<_>, _>(is_good);
+    Inbound { verified, unverified: others.into_iter().map(|member| member.name).collect(), malformed: false }
 }
 
 /// The fences of a lease's grants, of those that were asked for.

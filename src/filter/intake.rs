@@ -41,6 +41,68 @@ pub struct Asked {
     pub wants: Vec<Want>,
 }
 
+/// What rules, guards and fences all look at in a request: read once.
+pub struct Facts<'a> {
+    host: &'a dyn Host,
+    policy: &'a Policy,
+    path: Vec<u8>,
+    method: Vec<u8>,
+    owner: OnceCell<Option<OwnerId>>,
+}
+
+impl<'a> Facts<'a> {
+    /// Of the effective stream's request, as far as this policy asks for them.
+    pub fn of(host: &'a dyn Host, policy: &'a Policy) -> Self {
+        let (rules, guards) = (&policy.rules, &policy.guards);
+        let header = |needed: bool, name| match needed {
+            true => host.header(Headers::Request, name).ok().flatten().unwrap_or_default(),
+            false => Vec::new(),
+        };
+        Facts {
+            host,
+            policy,
+            path: header(rules.needs_path() || guards.needs_path(), ":path"),
+            method: header(rules.needs_method() || guards.needs_method(), ":method"),
+            owner: OnceCell::new(),
+        }
+    }
+
+    /// Whose request it is.
+    pub fn owner(&self) -> Option<&OwnerId> {
+        self.owner.get_or_init(|| owner(self.host, self.policy)).as_ref()
+    }
+
+    /// Which decisions count for it, where this is said of requests like it; none where nothing is to be decided.
+    pub fn purpose(&self, enforcement: Enforcement) -> Option<Purpose> {
+        match enforcement {
+            Enforcement::Off => None,
+            Enforcement::Enforce => Some(Purpose::Enforce),
+            Enforcement::Audit => Some(Purpose::Audit),
+            // Who names no owner is in no share. That is refused by itself, so it must not begin before all are enforced.
+            Enforcement::Partly(share) if self.owner().is_some_and(|owner| share.has(owner)) => Some(Purpose::Enforce),
+            Enforcement::Partly(_) => Some(Purpose::Audit),
+        }
+    }
+
+    /// Does something with a view of the request as rules and guards have it.
+    pub fn looked_up<T>(&self, act: impl FnOnce(&Lookup<'_>) -> T) -> T {
+        let Facts { host, path, method, .. } = self;
+        let header = |name: &str| host.header(Headers::Request, name).ok().flatten();
+        act(&Lookup {
+            method,
+            path,
+            header: &header,
+            route: &|| host.property(&["xds", "route_name"]),
+            principal: &|| principal(*host),
+        })
+    }
+
+    /// Whether the caller speaks gRPC.
+    pub fn is_grpc(&self) -> bool {
+        self.host.header(Headers::Request, "content-type").ok().flatten().is_some_and(|value| is_grpc(&value))
+    }
+}
+
 /// What a request turned out to be.
 #[derive(Debug)]
 pub enum Intake {
@@ -54,29 +116,25 @@ pub enum Intake {
 
 /// Whether a policy lets every request pass untouched.
 pub fn is_off(policy: &Policy) -> bool {
-    policy.enforcement == Enforcement::Off && policy.rules.iter().all(|rule| rule.enforcement == Enforcement::Off)
+    policy.enforcement == Enforcement::Off
+        && policy.rules.iter().all(|rule| rule.enforcement == Enforcement::Off)
+        && policy.guards.iter().all(|guard| guard.enforcement == Enforcement::Off)
 }
 
 /// Finds out what the effective stream's request asks for.
-pub fn read(host: &dyn Host, policy: &Policy) -> Intake {
-    let header = |name: &str| host.header(Headers::Request, name).ok().flatten();
+pub fn read(facts: &Facts<'_>) -> Intake {
+    facts.looked_up(|lookup| read_by(facts, lookup))
+}
+
+fn read_by(facts: &Facts<'_>, lookup: &Lookup<'_>) -> Intake {
+    let Facts { host, policy, .. } = *facts;
     let annotation = match policy.annotations.header {
         HeaderAnnotations::Accept | HeaderAnnotations::Reject => {
             host.header_list(Headers::Request, "lock").ok().flatten()
         }
         HeaderAnnotations::Pass | HeaderAnnotations::Strip => None,
     };
-    let path = if policy.rules.needs_path() { header(":path").unwrap_or_default() } else { Vec::new() };
-    let method = if policy.rules.needs_method() { header(":method").unwrap_or_default() } else { Vec::new() };
-    let principal = || principal(host);
-    let lookup = Lookup {
-        method: &method,
-        path: &path,
-        header: &header,
-        route: &|| host.property(&["xds", "route_name"]),
-        principal: &principal,
-    };
-    let matched = if policy.rules.is_empty() { None } else { policy.rules.find(&lookup) };
+    let matched = if policy.rules.is_empty() { None } else { policy.rules.find(lookup) };
     let on_route = match policy.annotations.route {
         RouteAnnotations::Accept => host.property(&ROUTE_LOCKS).filter(|locks| !locks.is_empty()),
         RouteAnnotations::Ignore => None,
@@ -85,15 +143,8 @@ pub fn read(host: &dyn Host, policy: &Policy) -> Intake {
         return Intake::Nothing;
     }
     let rule = matched.as_ref().map(|matched| matched.rule);
-    let owner = OnceCell::new();
-    let owner = || owner.get_or_init(|| self::owner(host, policy)).as_ref();
-    let purpose = match rule.map_or(policy.enforcement, |rule| rule.enforcement) {
-        Enforcement::Off => return Intake::Nothing,
-        Enforcement::Enforce => Purpose::Enforce,
-        Enforcement::Audit => Purpose::Audit,
-        // Who names no owner is in no share. That is refused by itself, so it must not begin before all are enforced.
-        Enforcement::Partly(share) if owner().is_some_and(|owner| share.has(owner)) => Purpose::Enforce,
-        Enforcement::Partly(_) => Purpose::Audit,
+    let Some(purpose) = facts.purpose(rule.map_or(policy.enforcement, |rule| rule.enforcement)) else {
+        return Intake::Nothing;
     };
     let asked_by = match (rule, &on_route) {
         (Some(rule), _) => rule.name.clone(),
@@ -105,7 +156,7 @@ pub fn read(host: &dyn Host, policy: &Policy) -> Intake {
         on_lease_lost: rule.map_or(OnLeaseLost::Abort, |rule| rule.on_lease_lost),
         on_backend_unavailable: rule.map_or(policy.on_backend_unavailable, |rule| rule.on_backend_unavailable),
         asked_by,
-        grpc: header("content-type").is_some_and(|value| is_grpc(&value)),
+        grpc: facts.is_grpc(),
     };
     if annotation.is_some() && policy.annotations.header == HeaderAnnotations::Reject {
         let detail = String::from("this gateway takes no lock header from callers");
@@ -113,7 +164,7 @@ pub fn read(host: &dyn Host, policy: &Policy) -> Intake {
     }
     let mut wanted = Vec::new();
     if let Some(matched) = &matched {
-        match matched.locks(&lookup) {
+        match matched.locks(lookup) {
             Ok(locks) => wanted.extend(locks),
             Err(error) => return malformed(terms, format!("rule {}: {error}", matched.rule.name)),
         }
@@ -125,10 +176,10 @@ pub fn read(host: &dyn Host, policy: &Policy) -> Intake {
             Err(error) => return malformed(terms, format!("{place}: {error}")),
         }
     }
-    let Some(owner) = owner().cloned() else {
+    let Some(owner) = facts.owner().cloned() else {
         return Intake::Reject(terms, Reject::OwnerMissing { sources: policy.owner_from.clone() });
     };
-    match wants(policy, wanted, deadline(terms.grpc, header), &owner, principal) {
+    match wants(policy, wanted, deadline(terms.grpc, lookup.header), &owner, lookup.principal) {
         Ok(wants) => Intake::Locks(Asked { terms, owner, wants }),
         Err(reject) => Intake::Reject(terms, *reject),
     }

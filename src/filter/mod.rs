@@ -6,6 +6,7 @@
 
 mod calls;
 pub mod fences;
+mod guard;
 pub mod intake;
 mod report;
 mod respond;
@@ -25,12 +26,14 @@ use interlock_core::{
 use crate::answer::Reject;
 use crate::answer::headers::FenceMember;
 use crate::backend::authority::Wish;
+use crate::backend::seen::Seen;
 use crate::backend::{Backends, Outcome, Purpose, Waiting};
 use crate::host::{ContextId, Headers, Host, HostError};
 use crate::policy::{self, Backend, HeaderAnnotations, OnUnavailable, Policy, Reentrancy};
 use crate::telemetry::Telemetry;
 use calls::Call;
-use intake::{Asked, Intake, Terms};
+use guard::Passage;
+use intake::{Asked, Facts, Intake, Terms};
 use respond::Answer;
 use stream::{Case, Ended, Held, State, Stream};
 
@@ -91,6 +94,8 @@ enum Fate {
 /// An instance in one VM.
 pub struct Runtime {
     backends: Backends,
+    /// What guards have seen, once there were any.
+    seen: Option<Seen>,
     streams: HashMap<ContextId, Stream>,
     /// Who waits at a local table for which lease.
     leases: HashMap<(Purpose, LeaseId), ContextId>,
@@ -120,6 +125,7 @@ impl Runtime {
     pub fn open(host: &dyn Host, active: Rc<Active>) -> Result<Self, HostError> {
         let mut runtime = Runtime {
             backends: Backends::default(),
+            seen: None,
             streams: HashMap::new(),
             leases: HashMap::new(),
             calls: HashMap::new(),
@@ -181,6 +187,9 @@ impl Runtime {
         if api.is_some() {
             self.backends.open_local(host, instance, Purpose::Enforce)?;
         }
+        if self.seen.is_none() && !self.active.policy.guards.is_empty() {
+            self.seen = Some(Seen::open(host, &self.active.policy.instance)?);
+        }
         Ok(())
     }
 
@@ -199,12 +208,40 @@ impl Runtime {
             clean(host, policy);
             return Flow::Continue;
         }
-        let intake = intake::read(host, policy);
-        let carried = fences::verified(host, policy);
+        let facts = Facts::of(host, policy);
+        let intake = intake::read(&facts);
+        let mut inbound = fences::inbound(host, policy, &facts);
+        let guarded = guard::of(&facts, active);
         clean(host, policy);
+        let passage = guarded.map(|guarded| self.guard(host, active, &facts, guarded, &mut inbound));
+        let noted = match passage.unwrap_or(Passage::Free) {
+            Passage::Free => None,
+            Passage::Noted(case, ended) => Some((case, ended)),
+            Passage::Stopped(case, answer) => {
+                self.put(host, id, Stream { case, state: State::Over(Ended::Answered), timer: None });
+                send(host, active, &answer);
+                return Flow::Stop;
+            }
+        };
+        self.lock(host, id, active, intake, inbound.verified, noted)
+    }
+
+    /// Gets the effective stream's request the locks that it asks for.
+    fn lock(
+        &mut self,
+        host: &dyn Host,
+        id: ContextId,
+        active: &Rc<Active>,
+        intake: Intake,
+        carried: Vec<FenceMember>,
+        noted: Option<(Case, Ended)>,
+    ) -> Flow {
         let (mut case, outcome) = match intake {
             Intake::Nothing => {
                 fences::forward(host, &carried, &[]);
+                if let Some((case, ended)) = noted {
+                    self.put(host, id, Stream { case, state: State::Over(ended), timer: None });
+                }
                 return Flow::Continue;
             }
             Intake::Reject(terms, reject) => {
@@ -216,6 +253,7 @@ impl Runtime {
                 (case, outcome)
             }
         };
+        case.guarded = noted.map(|(_, ended)| ended);
         if !matches!(outcome, Outcome::Granted(_)) {
             case.name_route(host);
         }
@@ -232,9 +270,7 @@ impl Runtime {
             }
             Fate::Park => Flow::Stop,
             Fate::Answer(answer) => {
-                if let Err(error) = answer.send(host) {
-                    report::trouble(host, active, &error);
-                }
+                send(host, active, &answer);
                 Flow::Stop
             }
         }
@@ -497,7 +533,14 @@ fn next_look(poll_at: Time, now: Time) -> Time {
 
 /// A request that asked for something, as it came in.
 fn case(host: &dyn Host, active: &Rc<Active>, terms: Terms, owner: Option<OwnerId>, carried: Vec<FenceMember>) -> Case {
-    Case { active: Rc::clone(active), terms, owner, arrived: host.now(), carried, route: String::new() }
+    Case { active: Rc::clone(active), terms, owner, arrived: host.now(), carried, guarded: None, route: String::new() }
+}
+
+/// Answers the effective stream's request.
+fn send(host: &dyn Host, active: &Active, answer: &Answer) {
+    if let Err(error) = answer.send(host) {
+        report::trouble(host, active, &error);
+    }
 }
 
 /// A request that does not get its locks: whether it is answered, or goes on all the same.

@@ -6,7 +6,7 @@ use super::Active;
 use super::stream::{Case, Held};
 use crate::answer::Reject;
 use crate::backend::authority::Notes;
-use crate::backend::{Lease, Waiting};
+use crate::backend::{Lease, Purpose, Waiting};
 use crate::host::{Host, HostError, Level};
 use crate::policy::Backend;
 use crate::telemetry::{self, Incident, Record};
@@ -47,6 +47,36 @@ pub fn unlocked(host: &dyn Host, case: &Case, reject: &Reject, waited: Duration)
         case.active.telemetry.audit(host, class, "unlocked", reject.slug());
     }
     log(host, case, Incident::Unlocked, reject, waited);
+}
+
+/// A guard has nothing against a request.
+pub fn guarded(host: &dyn Host, active: &Active, purpose: Purpose, class: &str) {
+    match purpose {
+        Purpose::Enforce => active.telemetry.guarded(host, class, "passed", ""),
+        Purpose::Audit => active.telemetry.audit(host, class, "passed", ""),
+    }
+}
+
+/// A guard turned a request away, or would have under audit.
+pub fn turned_away(host: &dyn Host, case: &Case, reject: &Reject) {
+    let incident = if case.is_enforced() { Incident::Refused } else { Incident::WouldRefuse };
+    at_guard(host, case, incident, reject, "refused");
+}
+
+/// A guard could not find out, and let a request pass as it is told to.
+pub fn passed_unguarded(host: &dyn Host, case: &Case, reject: &Reject) {
+    at_guard(host, case, Incident::Unlocked, reject, "unlocked");
+}
+
+fn at_guard(host: &dyn Host, case: &Case, incident: Incident, reject: &Reject, outcome: &'static str) {
+    let class = reject.lock().map_or("", LockName::class);
+    failed(host, case, reject);
+    if case.is_enforced() {
+        case.active.telemetry.guarded(host, class, outcome, reject.slug());
+    } else {
+        case.active.telemetry.audit(host, class, outcome, reject.slug());
+    }
+    log(host, case, incident, reject, Duration::ZERO);
 }
 
 /// A lease that was asked for by message was refused.

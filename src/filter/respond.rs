@@ -75,9 +75,18 @@ impl Answer {
     }
 }
 
-/// Adds to the response of the effective stream what became of its locks. Not to the filter's own answers, which pass by
-/// here as well and say it already.
+/// Adds to the response of the effective stream what became of its locks, and before it what a guard had against it. Not to
+/// the filter's own answers, which pass by here as well and say it already.
 pub fn annotate(host: &dyn Host, Stream { case, state, .. }: &Stream) {
+    if matches!(state, State::Over(Ended::Answered)) {
+        return;
+    }
+    let add = |outcome: Option<Outcome<'_>>| {
+        let status = outcome.map(|outcome| headers::lock_status(&case.active.policy.instance, &outcome));
+        // Fails only when the response is gone.
+        let _ = status.map(|status| host.add_header(Headers::Response, "lock-status", status.as_bytes()));
+    };
+    add(case.guarded.as_ref().and_then(|ended| over(ended, case.is_enforced())));
     let so_far = || host.now().since(case.arrived);
     let mut fences = None;
     let mut timing = None;
@@ -85,23 +94,29 @@ pub fn annotate(host: &dyn Host, Stream { case, state, .. }: &Stream) {
         State::Holding(held) if case.is_enforced() => {
             fences = headers::lock_fence(&held.fences);
             timing = Some(headers::server_timing(held.waited));
-            Outcome::Acquired { wait: held.waited }
+            Some(Outcome::Acquired { wait: held.waited })
         }
-        State::Holding(held) => Outcome::Audit { reason: None, lock: None, wait: Some(held.waited) },
+        State::Holding(held) => Some(Outcome::Audit { reason: None, lock: None, wait: Some(held.waited) }),
         // A parked request has no response but one that the host made, because its own patience was at an end.
-        State::Waiting(_) if case.is_enforced() => return,
-        State::Waiting(_) => Outcome::Audit { reason: None, lock: None, wait: Some(so_far()) },
-        State::Over(Ended::Answered) => return,
-        State::Over(Ended::Lost(lock)) if case.is_enforced() => Outcome::Lost { lock },
-        State::Over(Ended::Lost(lock)) => Outcome::Audit { reason: Some("lease-lost"), lock: Some(lock), wait: None },
-        State::Over(Ended::Unlocked) => Outcome::Unlocked,
-        State::Over(Ended::WouldRefuse(reject)) => {
-            Outcome::Audit { reason: Some(reject.slug()), lock: reject.lock(), wait: None }
-        }
+        State::Waiting(_) if case.is_enforced() => None,
+        State::Waiting(_) => Some(Outcome::Audit { reason: None, lock: None, wait: Some(so_far()) }),
+        State::Over(ended) => over(ended, case.is_enforced()),
     };
-    let status = headers::lock_status(&case.active.policy.instance, &outcome);
-    for (name, value) in [("lock-status", Some(status)), ("lock-fence", fences), ("server-timing", timing)] {
-        // Fails only when the response is gone.
+    add(outcome);
+    for (name, value) in [("lock-fence", fences), ("server-timing", timing)] {
+        // As above.
         let _ = value.map(|value| host.add_header(Headers::Response, name, value.as_bytes()));
+    }
+}
+
+fn over(ended: &Ended, enforced: bool) -> Option<Outcome<'_>> {
+    match ended {
+        Ended::Answered => None,
+        Ended::Lost(lock) if enforced => Some(Outcome::Lost { lock }),
+        Ended::Lost(lock) => Some(Outcome::Audit { reason: Some("lease-lost"), lock: Some(lock), wait: None }),
+        Ended::Unlocked => Some(Outcome::Unlocked),
+        Ended::WouldRefuse(reject) => {
+            Some(Outcome::Audit { reason: Some(reject.slug()), lock: reject.lock(), wait: None })
+        }
     }
 }

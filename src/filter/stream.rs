@@ -43,7 +43,7 @@ pub enum Ended {
     Answered,
     /// Its lease was lost, and it went on.
     Lost(LockName),
-    /// The backend failed, and the rule let it go on without locks.
+    /// The backend failed, and the rule let it go on without locks, or the guard let it pass.
     Unlocked,
     /// Under audit it would have been refused.
     WouldRefuse(Box<Reject>),
@@ -62,6 +62,8 @@ pub struct Case {
     pub arrived: Time,
     /// Inbound fences that are passed on to the upstream with its own.
     pub carried: Vec<FenceMember>,
+    /// What a guard has against it that let it pass all the same.
+    pub guarded: Option<Ended>,
     /// The route that it took, as far as anybody needed to know.
     pub route: String,
 }

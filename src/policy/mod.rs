@@ -6,6 +6,7 @@
 mod api;
 mod backend;
 mod duration;
+mod guard;
 mod keys;
 mod parse;
 mod parse_rules;
@@ -28,9 +29,10 @@ use interlock_core::{Classes, Mode, Want};
 pub use api::Api;
 pub use backend::{Authority, Backend};
 pub use duration::{LONGEST, parse as parse_duration, spell as spell_duration};
+pub use guard::{Check, Guard};
 pub use keys::{BadSignature, Keys, Signed};
 pub use reader::PolicyError;
-pub use rules::{Lookup, Match, Rule, RuleLock, Rules};
+pub use rules::{Chosen, Conditions, Lookup, Match, Rule, RuleLock, Rules};
 pub use share::Share;
 pub use template::{FillError, Source, Template};
 
@@ -178,6 +180,8 @@ pub struct Policy {
     pub annotations: Annotations,
     /// The rules.
     pub rules: Rules,
+    /// The guards.
+    pub guards: Rules<Guard>,
     /// The keys that sign fences and seal receipts.
     pub keys: Keys,
     /// The lease API, if it is served.

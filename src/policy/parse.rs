@@ -10,7 +10,7 @@ use super::reader::{Object, PolicyError, Reader, quote};
 use super::share::{self, Percentage};
 use super::{
     Annotations, Api, Backend, Defaults, Enforcement, HeaderAnnotations, Keys, Limits, MIN_TTL, OnUnavailable, Policy,
-    Reentrancy, RouteAnnotations, backend, parse_rules, wire,
+    Reentrancy, RouteAnnotations, backend, guard, parse_rules, wire,
 };
 use crate::annotation::owner::OwnerSource;
 
@@ -38,9 +38,6 @@ const FIELDS: [&str; 14] = [
 pub(super) fn policy(configuration: &[u8], env: &dyn Fn(&str) -> Option<String>) -> Result<Policy, PolicyError> {
     let value = wire::value(configuration)?;
     let object = Reader::root(&value).object(&FIELDS)?;
-    if object.get("guard").is_some() {
-        return Err(object.error_at("guard", "this build cannot do that yet; leave the field out"));
-    }
     let instance = object.read("instance", |at| at.identifier().map(str::to_owned))?;
     let enforcement = object.read("enforcement", enforcement_of)?;
     let owner_from = object.read("owner", owner)?;
@@ -72,12 +69,16 @@ pub(super) fn policy(configuration: &[u8], env: &dyn Fn(&str) -> Option<String>)
         classes,
         annotations,
         rules: super::Rules::default(),
+        guards: super::Rules::default(),
         keys,
         api,
         principals,
     };
     if let Some(rules) = object.read("rules", |at| parse_rules::rules(&at, &policy))? {
         policy.rules = rules;
+    }
+    if let Some(guards) = object.read("guard", |at| guard::guards(&at, &policy))? {
+        policy.guards = guards;
     }
     Ok(policy)
 }

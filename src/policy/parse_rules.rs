@@ -7,7 +7,7 @@ use interlock_core::Mode;
 use super::parse::{ON_UNAVAILABLE, enforcement_of, hold_below_ttl, ttl, wait};
 use super::path::Pattern;
 use super::reader::{Object, PolicyError, Reader, quote};
-use super::rules::{Condition, RuleLock, RuleTerms};
+use super::rules::{Condition, Conditions, RuleLock, RuleTerms};
 use super::template::Template;
 use super::{OnLeaseLost, Policy, Rule, Rules, header_name};
 use crate::annotation::mode_fits;
@@ -61,12 +61,8 @@ fn rule(name: &str, object: &Object<'_>, policy: &Policy) -> Result<Rule, Policy
         enforcement: enforcement.unwrap_or(policy.enforcement),
         on_lease_lost: on_lease_lost.unwrap_or(OnLeaseLost::Abort),
         on_backend_unavailable: on_backend_unavailable.unwrap_or(policy.on_backend_unavailable),
-        methods: None,
-        path: None,
-        headers: BTreeMap::new(),
-        route: None,
+        when: conditions(&object.require("match")?)?,
     };
-    conditions(&mut rule, &object.require("match")?)?;
     let whole = terms(object, RuleTerms::default(), policy)?;
     let place = object.require("locks")?;
     for item in place.items()? {
@@ -88,22 +84,31 @@ fn rule(name: &str, object: &Object<'_>, policy: &Policy) -> Result<Rule, Policy
         .error(format!("has {count} locks, over limits.locks_per_request, {most}; lock fewer, or raise the limit")))
 }
 
-fn conditions(rule: &mut Rule, at: &Reader<'_>) -> Result<(), PolicyError> {
+/// Reads which requests something is for.
+pub(super) fn conditions(at: &Reader<'_>) -> Result<Conditions, PolicyError> {
     let object = at.object(&["methods", "path", "headers", "route"])?;
     if object.is_empty() {
         return Err(object.error("is empty; name methods, a path, headers or a route"));
     }
-    rule.methods = object.read("methods", |at| methods(&at))?;
-    rule.path = object.read("path", |at| {
-        let text = at.text()?;
-        Pattern::parse(text).map_err(|problem| at.error(format!("{} {problem}", quote(text))))
-    })?;
-    rule.headers = object.read("headers", |at| headers(&at))?.unwrap_or_default();
-    rule.route = object.read("route", |at| match at.text()? {
-        "" => Err(at.error("is empty; write the name of a route of Envoy's")),
-        name => Ok(name.to_owned()),
-    })?;
-    Ok(())
+    Ok(Conditions {
+        methods: object.read("methods", |at| methods(&at))?,
+        path: object.read("path", |at| {
+            let text = at.text()?;
+            Pattern::parse(text).map_err(|problem| at.error(format!("{} {problem}", quote(text))))
+        })?,
+        headers: object.read("headers", |at| headers(&at))?.unwrap_or_default(),
+        route: object.read("route", |at| match at.text()? {
+            "" => Err(at.error("is empty; write the name of a route of Envoy's")),
+            name => Ok(name.to_owned()),
+        })?,
+    })
+}
+
+/// Reads a lock name that is made of what a request looks like.
+pub(super) fn template(at: &Reader<'_>, when: &Conditions) -> Result<Template, PolicyError> {
+    let text = at.text()?;
+    let captures = when.path.as_ref().map(|pattern| pattern.captures.as_slice()).unwrap_or_default();
+    Template::parse(text, captures).map_err(|problem| at.error(format!("{} {problem}", quote(text))))
 }
 
 fn methods(at: &Reader<'_>) -> Result<BTreeSet<String>, PolicyError> {
@@ -148,10 +153,7 @@ fn headers(at: &Reader<'_>) -> Result<BTreeMap<String, Condition>, PolicyError> 
 
 fn lock(at: &Reader<'_>, rule: &Rule, whole: RuleTerms, policy: &Policy) -> Result<RuleLock, PolicyError> {
     let object = at.object(&["name", "mode", "wait", "ttl", "hold"])?;
-    let place = object.require("name")?;
-    let text = place.text()?;
-    let captures = rule.path.as_ref().map(|pattern| pattern.captures.as_slice()).unwrap_or_default();
-    let name = Template::parse(text, captures).map_err(|problem| place.error(format!("{} {problem}", quote(text))))?;
+    let name = template(&object.require("name")?, &rule.when)?;
     let mut terms = terms(&object, whole, policy)?;
     if let Some(place) = object.get("mode") {
         let mode = place.word("a mode", &MODES)?;

@@ -1,4 +1,5 @@
-//! Rules: which requests they match, and in what order. How they are written in a policy must not live here.
+//! Rules, and whatever else is chosen by what a request looks like: which requests they match, and in what order. How they are
+//! written in a policy must not live here.
 //!
 //! Precedence: of the rules for a request's method and those for any method, the ones with the most exact path come
 //! first (as matchit has it: literal segments before captures, captures before a catch-all); rules of one path shape
@@ -44,6 +45,32 @@ pub(super) struct RuleTerms {
     pub(super) hold: Option<std::time::Duration>,
 }
 
+/// What a request must look like; all of it.
+#[derive(Clone, Debug, Default)]
+pub struct Conditions {
+    pub(super) methods: Option<BTreeSet<String>>,
+    pub(super) path: Option<Pattern>,
+    pub(super) headers: BTreeMap<String, Condition>,
+    pub(super) route: Option<String>,
+}
+
+/// Something that is chosen by what a request looks like: a member of a list of the policy.
+pub trait Chosen {
+    /// The field of the policy that lists these.
+    const LIST: &'static str;
+    /// What one of them is called.
+    const WORD: &'static str;
+
+    /// The requests that it is for.
+    fn conditions(&self) -> &Conditions;
+
+    /// The lock names that it makes of a request.
+    fn templates(&self) -> impl Iterator<Item = &Template>;
+
+    /// Which one it is, for people to read, by its place in the list.
+    fn place(&self, index: usize) -> String;
+}
+
 /// A rule: which requests take which locks.
 #[derive(Clone, Debug)]
 pub struct Rule {
@@ -57,10 +84,25 @@ pub struct Rule {
     pub on_lease_lost: OnLeaseLost,
     /// What becomes of a request when the backend does not answer: its own word, else the policy's.
     pub on_backend_unavailable: OnUnavailable,
-    pub(super) methods: Option<BTreeSet<String>>,
-    pub(super) path: Option<Pattern>,
-    pub(super) headers: BTreeMap<String, Condition>,
-    pub(super) route: Option<String>,
+    /// The requests that it is for.
+    pub(super) when: Conditions,
+}
+
+impl Chosen for Rule {
+    const LIST: &'static str = "rules";
+    const WORD: &'static str = "rule";
+
+    fn conditions(&self) -> &Conditions {
+        &self.when
+    }
+
+    fn templates(&self) -> impl Iterator<Item = &Template> {
+        self.locks.iter().map(|lock| &lock.name)
+    }
+
+    fn place(&self, index: usize) -> String {
+        format!("rules[{index}] ({})", self.name)
+    }
 }
 
 /// What is asked of a request, as far as it is needed: the closures are called for what a rule in question names.
@@ -80,10 +122,10 @@ pub struct Lookup<'a> {
 
 /// The rule for a request.
 #[derive(Clone, Debug)]
-pub struct Match<'r> {
+pub struct Match<'r, R = Rule> {
     /// The rule.
-    pub rule: &'r Rule,
-    captures: Vec<String>,
+    pub rule: &'r R,
+    pub(super) captures: Vec<String>,
 }
 
 impl Match<'_> {
@@ -120,10 +162,10 @@ struct Table {
     pathless: Vec<usize>,
 }
 
-/// All rules of a policy.
-#[derive(Clone, Debug, Default)]
-pub struct Rules {
-    rules: Vec<Rule>,
+/// All rules of a policy, or all that are chosen like rules.
+#[derive(Clone, Debug)]
+pub struct Rules<R = Rule> {
+    rules: Vec<R>,
     /// One table for each method that a rule names, with the rules for any method in it.
     by_method: BTreeMap<String, Table>,
     /// The table for all other methods.
@@ -131,14 +173,20 @@ pub struct Rules {
     needs_path: bool,
 }
 
-impl Rules {
+impl<R> Default for Rules<R> {
+    fn default() -> Self {
+        Rules { rules: Vec::new(), by_method: BTreeMap::new(), other: Table::default(), needs_path: false }
+    }
+}
+
+impl<R: Chosen> Rules<R> {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.rules.is_empty()
     }
 
     /// The rules as written.
-    pub fn iter(&self) -> impl Iterator<Item = &Rule> {
+    pub fn iter(&self) -> impl Iterator<Item = &R> {
         self.rules.iter()
     }
 
@@ -154,15 +202,15 @@ impl Rules {
 
     /// Whether a rule asks for the route's name.
     pub fn needs_route(&self) -> bool {
-        self.rules.iter().any(|rule| rule.route.is_some())
+        self.rules.iter().any(|rule| rule.conditions().route.is_some())
     }
 
     fn has_source(&self, wanted: fn(&Source) -> bool) -> bool {
-        self.rules.iter().flat_map(|rule| &rule.locks).flat_map(|lock| lock.name.sources()).any(wanted)
+        self.rules.iter().flat_map(Chosen::templates).flat_map(Template::sources).any(wanted)
     }
 
     /// The rule for a request; see the head of this module for which that is.
-    pub fn find(&self, lookup: &Lookup<'_>) -> Option<Match<'_>> {
+    pub fn find(&self, lookup: &Lookup<'_>) -> Option<Match<'_, R>> {
         let method = std::str::from_utf8(lookup.method).unwrap_or_default();
         let table = self.by_method.get(method).unwrap_or(&self.other);
         let mut facts = Facts { lookup, headers: Vec::new(), route: None };
@@ -182,19 +230,20 @@ impl Rules {
         self.first(&table.pathless, &mut facts).map(|rule| Match { rule, captures: Vec::new() })
     }
 
-    fn first(&self, rules: &[usize], facts: &mut Facts<'_, '_>) -> Option<&Rule> {
-        rules.iter().filter_map(|index| self.rules.get(*index)).find(|rule| facts.satisfy(rule))
+    fn first(&self, rules: &[usize], facts: &mut Facts<'_, '_>) -> Option<&R> {
+        rules.iter().filter_map(|index| self.rules.get(*index)).find(|rule| facts.satisfy(rule.conditions()))
     }
 
     /// Puts rules in order.
     ///
     /// # Errors
     /// A path that is ambiguous beside an earlier one; a rule that no request can reach.
-    pub(super) fn build(rules: Vec<Rule>) -> Result<Rules, PolicyError> {
+    pub(super) fn build(rules: Vec<R>) -> Result<Rules<R>, PolicyError> {
         refuse_unreachable(&rules)?;
-        let methods: BTreeSet<&String> = rules.iter().flat_map(|rule| rule.methods.iter().flatten()).collect();
+        let methods: BTreeSet<&String> =
+            rules.iter().flat_map(|rule| rule.conditions().methods.iter().flatten()).collect();
         let table = |method: Option<&String>| {
-            let applies = |rule: &Rule| match (&rule.methods, method) {
+            let applies = |rule: &R| match (&rule.conditions().methods, method) {
                 (None, _) => true,
                 (Some(methods), Some(method)) => methods.contains(method),
                 (Some(_), None) => false,
@@ -207,18 +256,18 @@ impl Rules {
             .map(|method| Ok(((*method).clone(), table(Some(method))?)))
             .collect::<Result<_, PolicyError>>()?;
         let mut built = Rules { by_method, other, needs_path: false, rules };
-        built.needs_path = built.rules.iter().any(|rule| rule.path.is_some())
+        built.needs_path = built.rules.iter().any(|rule| rule.conditions().path.is_some())
             || built.has_source(|source| matches!(source, Source::Query(_)));
         Ok(built)
     }
 }
 
 impl Table {
-    fn build(rules: &[Rule], applies: impl Fn(&Rule) -> bool) -> Result<Table, PolicyError> {
+    fn build<R: Chosen>(rules: &[R], applies: impl Fn(&R) -> bool) -> Result<Table, PolicyError> {
         let mut table = Table::default();
         let mut shapes: Vec<(&Pattern, Vec<usize>)> = Vec::new();
         for (index, rule) in rules.iter().enumerate().filter(|(_, rule)| applies(rule)) {
-            match &rule.path {
+            match &rule.conditions().path {
                 None => table.pathless.push(index),
                 Some(pattern) => match shapes.iter_mut().find(|(shape, _)| shape.segments == pattern.segments) {
                     Some((_, same)) => same.push(index),
@@ -234,7 +283,7 @@ impl Table {
             let mut router = Router::new();
             // Whether matchit takes a route can hang on the order they come in: the one that was just tried.
             for (written, (route, rule)) in routes.iter().enumerate() {
-                let cannot = |error| PolicyError::new(place(*rule), format!("is no path: {error}"));
+                let cannot = |error| PolicyError::new(path_of::<R>(*rule), format!("is no path: {error}"));
                 let exact = order.iter().position(|index| *index == written).unwrap_or_default();
                 router.insert(route, exact).map_err(cannot)?;
             }
@@ -242,7 +291,7 @@ impl Table {
         }
         for written in order {
             if let (Some((route, rule)), Some((_, same))) = (routes.get(written), shapes.get(written)) {
-                let cannot = |error| PolicyError::new(place(*rule), format!("is no path: {error}"));
+                let cannot = |error| PolicyError::new(path_of::<R>(*rule), format!("is no path: {error}"));
                 let mut router = Router::new();
                 router.insert(route, ()).map_err(cannot)?;
                 table.shapes.push(Shape { router, rules: same.clone() });
@@ -252,7 +301,7 @@ impl Table {
     }
 }
 
-fn refuse_ambiguous(rules: &[Rule], routes: &[(String, Option<usize>)]) -> Result<(), PolicyError> {
+fn refuse_ambiguous<R: Chosen>(rules: &[R], routes: &[(String, Option<usize>)]) -> Result<(), PolicyError> {
     let mut all = Router::new();
     for (position, (route, rule)) in routes.iter().enumerate() {
         if all.insert(route, ()).is_ok() {
@@ -263,42 +312,42 @@ fn refuse_ambiguous(rules: &[Rule], routes: &[(String, Option<usize>)]) -> Resul
             pair.insert(earlier, ()).is_ok() && pair.insert(route, ()).is_err()
         };
         let with = routes.iter().take(position).find(conflicts).and_then(|(_, rule)| *rule);
-        let named = |index: usize| match rules.get(index) {
-            Some(rule) => format!("that of rules[{index}] ({})", rule.name),
-            None => "those of earlier rules".to_owned(),
-        };
-        let beside = with.map_or_else(|| "those of earlier rules".to_owned(), named);
+        let named = |index: usize| rules.get(index).map(|rule| format!("that of {}", rule.place(index)));
+        let beside = with.and_then(named).unwrap_or_else(|| format!("those of earlier {}s", R::WORD));
         let problem = format!("is ambiguous beside {beside}; make one of them more exact, or give both one shape");
-        return Err(PolicyError::new(place(*rule), problem));
+        return Err(PolicyError::new(path_of::<R>(*rule), problem));
     }
     Ok(())
 }
 
-fn place(rule: Option<usize>) -> String {
-    format!("rules[{}].match.path", rule.unwrap_or_default())
+fn path_of<R: Chosen>(rule: Option<usize>) -> String {
+    format!("{}[{}].match.path", R::LIST, rule.unwrap_or_default())
 }
 
 /// Refuses a rule whose every request an earlier rule takes first.
-fn refuse_unreachable(rules: &[Rule]) -> Result<(), PolicyError> {
-    for (index, rule) in rules.iter().enumerate() {
-        let earlier = || rules.iter().enumerate().take(index).filter(|(_, earlier)| earlier.takes_all_that(rule));
+fn refuse_unreachable<R: Chosen>(rules: &[R]) -> Result<(), PolicyError> {
+    for (index, rule) in rules.iter().map(Chosen::conditions).enumerate() {
+        let earlier = || {
+            let all = rules.iter().map(Chosen::conditions).enumerate().take(index);
+            all.filter(|(_, earlier)| earlier.takes_all_that(rule))
+        };
         let taken_by = match &rule.methods {
             None => earlier().find(|(_, earlier)| earlier.methods.is_none()),
             Some(methods) => {
                 let takers = methods.iter().map(|method| {
-                    let of_method = |taker: &Rule| taker.methods.as_ref().is_none_or(|all| all.contains(method));
+                    let of_method = |taker: &Conditions| taker.methods.as_ref().is_none_or(|all| all.contains(method));
                     earlier().find(|(_, taker)| of_method(taker))
                 });
                 takers.collect::<Option<Vec<_>>>().and_then(|takers| takers.into_iter().next())
             }
         };
-        if let Some((earlier, taker)) = taken_by {
+        if let Some(taker) = taken_by.and_then(|(earlier, _)| rules.get(earlier).map(|taker| taker.place(earlier))) {
+            let word = R::WORD;
             return Err(PolicyError::new(
-                format!("rules[{index}].match"),
+                format!("{}[{index}].match", R::LIST),
                 format!(
-                    "no request reaches this rule, because rules[{earlier}] ({}) takes all that it matches; put it \
-                     before that rule, or take it out",
-                    taker.name
+                    "no request reaches this {word}, because {taker} takes all that it matches; put it before that {word}, or take \
+                     it out"
                 ),
             ));
         }
@@ -306,10 +355,10 @@ fn refuse_unreachable(rules: &[Rule]) -> Result<(), PolicyError> {
     Ok(())
 }
 
-impl Rule {
-    /// Whether, methods aside, this rule matches every request that `other` matches and is asked at the same point.
-    fn takes_all_that(&self, other: &Rule) -> bool {
-        let shape = |rule: &Rule| rule.path.as_ref().map(|pattern| pattern.segments.clone());
+impl Conditions {
+    /// Whether, methods aside, they hold for every request that `other` holds for, and are asked at the same point.
+    fn takes_all_that(&self, other: &Conditions) -> bool {
+        let shape = |conditions: &Conditions| conditions.path.as_ref().map(|pattern| pattern.segments.clone());
         let implied = |(name, condition): (&String, &Condition)| {
             other.headers.get(name).is_some_and(|theirs| *condition == Condition::Present || condition == theirs)
         };
@@ -327,7 +376,7 @@ struct Facts<'l, 'a> {
 }
 
 impl Facts<'_, '_> {
-    fn satisfy(&mut self, rule: &Rule) -> bool {
+    fn satisfy(&mut self, rule: &Conditions) -> bool {
         let headers = rule.headers.iter().all(|(name, condition)| match (condition, self.header(name)) {
             (_, None) => false,
             (Condition::Present, Some(_)) => true,

@@ -223,7 +223,6 @@ fn fields_are_refused_by_name() {
         &json!({ "enforcement": { "enforce": "110%" } }),
         "enforcement.enforce: \"110%\" is more than all owners; a percentage is at most \"100%\"",
     );
-    refused(&json!({ "guard": [] }), "guard: this build cannot do that yet; leave the field out");
     refused(
         &json!({ "on_backend_unavailable": "alow" }),
         "on_backend_unavailable: \"alow\" is not an answer to a backend that is away; did you mean \"allow\"?",

@@ -16,6 +16,7 @@ mod authority;
 mod ends;
 mod faults;
 mod grants;
+mod guard;
 mod hostile;
 mod leased;
 mod leases;

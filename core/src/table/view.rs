@@ -1,7 +1,10 @@
 //! The table as people look at it. Nothing is changed by looking.
 
 use super::{Scene, Table};
-use crate::queue::Queue;
+use crate::fence::Fence;
+use crate::id::OwnerId;
+use crate::name::LockName;
+use crate::queue::{Queue, State};
 use crate::refusal::Edge;
 use crate::store::{LockBucket, Store, StoreError};
 
@@ -21,6 +24,29 @@ impl Table {
         });
         queues.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(queues)
+    }
+
+    /// The lowest fence under which an owner holds a lock now; none if it does not. `is`: whether that is the owner, who may be
+    /// known by several names.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn held_by<S: Store>(
+        &mut self,
+        scene: &Scene<'_, S>,
+        lock: &LockName,
+        is: impl Fn(&OwnerId) -> bool,
+    ) -> Result<Option<Fence>, StoreError> {
+        self.fresh = false;
+        self.refresh(scene)?;
+        let (locks, _) = scene.store.read::<LockBucket>(scene.store.bucket(lock.as_str()))?;
+        let Some(queue) = locks.queue(lock) else { return Ok(None) };
+        let live = queue.holders().filter(|entry| entry.ends(&self.sessions) > scene.now || bug!(EndedHolderPasses));
+        let own = live.filter(|entry| is(&entry.owner)).filter_map(|entry| match entry.state {
+            State::Held { fence, .. } => Some(fence),
+            State::Waiting { .. } => None,
+        });
+        Ok(own.min())
     }
 
     /// The wait-for edges of one lock.

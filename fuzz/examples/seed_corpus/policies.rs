@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use crate::{Seeds, pages};
 
 /// Fields with what can stand in them, right and wrong.
-const FIELDS: [&str; 87] = [
+const FIELDS: [&str; 91] = [
     r#"{}"#,
     r#"{"instance":"orders"}"#,
     r#"{"instance":""}"#,
@@ -94,6 +94,10 @@ const FIELDS: [&str; 87] = [
     "{\"a\":}",
     "\n{\"instance\":\"a\"}",
     "{\"instance\":\"a\"} x",
+    r#"{"guard":[{"match":{"methods":["PUT"],"path":"/o/{id}"},"lock":"o/{id}","check":"owner"}]}"#,
+    r#"{"guard":[{"match":{"path":"/o/{id}"},"lock":"o/{header:x}","check":"fence","enforcement":"audit","on_backend_unavailable":"allow"}],"keys":[{"id":"k","secret":{"base64":"MDEyMzQ1Njc4OWFiY2RlZg=="}}]}"#,
+    r#"{"guard":[{"match":{"path":"/o/{id}"},"lock":"o/{id}","check":"fence"}]}"#,
+    r#"{"classes":[{"name":"o","permits":2}],"guard":[{"match":{"path":"/o"},"lock":"o","check":"fence"},{"match":{"path":"/o"},"lock":"p","check":"owner"}]}"#,
 ];
 
 /// Rules, to stand in `rules`.

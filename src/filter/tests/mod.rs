@@ -5,6 +5,8 @@ mod authority;
 mod budget;
 mod calls;
 mod faults;
+mod guard;
+mod holder;
 mod lies;
 mod life;
 mod link;
