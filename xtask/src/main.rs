@@ -5,6 +5,7 @@ mod conformance;
 mod demo;
 mod fuzz;
 mod lint;
+mod manifests;
 mod mutants;
 mod oci;
 mod sim;
@@ -52,6 +53,8 @@ enum Task {
     Fuzz(fuzz::FuzzArgs),
     /// Pack the plugin as the image that Istio loads: an OCI image layout in dist/oci
     Oci(oci::OciArgs),
+    /// Check manifests for a mesh, with the policies in them, before a cluster gets them
+    Manifests(manifests::ManifestsArgs),
     /// Check format, lints and docs, for every target
     Lint,
     /// Build the plugin: dist/interlock.wasm, and dist/interlock-faults.wasm for tests
@@ -69,6 +72,7 @@ fn main() -> ExitCode {
         Task::Mutants(args) => mutants::run(&args),
         Task::Fuzz(args) => fuzz::run(&args),
         Task::Oci(args) => oci::run(&args),
+        Task::Manifests(args) => manifests::run(&args),
         Task::Lint => lint::run(),
         Task::Wasm(args) => wasm::run(&args),
     };
