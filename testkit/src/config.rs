@@ -354,7 +354,9 @@ pub(crate) fn string_value(text: &str) -> Value {
 /// Calls `patch` with the `typed_config.config` of every filter of ours in `listener`.
 pub(crate) fn each_plugin(listener: &mut Value, patch: &mut impl FnMut(&mut Value)) {
     each_hcm(listener, &mut |hcm| {
-        for filter in array(&mut hcm["http_filters"]).iter_mut().filter(|f| f["name"] == FILTER) {
+        // A filter whose configuration comes by itself has none here.
+        let ours = |filter: &&mut Value| filter["name"] == FILTER && filter.get("typed_config").is_some();
+        for filter in array(&mut hcm["http_filters"]).iter_mut().filter(ours) {
             patch(&mut filter["typed_config"]["config"]);
         }
     });

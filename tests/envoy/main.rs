@@ -18,6 +18,7 @@ mod faults;
 mod grants;
 mod guard;
 mod hostile;
+mod istio;
 mod leased;
 mod leases;
 mod matching;
