@@ -19,8 +19,15 @@ use interlock_core::{Cause, Fence, Limit, LockName, Loss, Mode, OwnerId, Refusal
 use serde_json::Value;
 
 /// The pages with policies in them.
-const PAGES: [&str; 6] =
-    ["docs/policy.md", "docs/api.md", "docs/authority.md", "docs/guard.md", "README.md", "examples/bank/README.md"];
+const PAGES: [&str; 7] = [
+    "docs/policy.md",
+    "docs/api.md",
+    "docs/authority.md",
+    "docs/guard.md",
+    "docs/rollout.md",
+    "README.md",
+    "examples/bank/README.md",
+];
 
 fn read(file: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
