@@ -10,7 +10,7 @@
 mod line;
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use interlock_core::{Census, Duration, Event, Loss, Tally};
 
@@ -171,19 +171,6 @@ impl Telemetry {
         self.record(host, Family::Hold, self.label(class), held_for);
     }
 
-    /// What leases at an authority were counted at changed, by class: it was shown so many held and waiting, and is so many.
-    /// Only the difference is added, so that every VM can have its own part in a gauge.
-    pub fn shown(&self, host: &dyn Host, before: &BTreeMap<String, Tally>, now: &BTreeMap<String, Tally>) {
-        let classes: BTreeSet<&String> = before.keys().chain(now.keys()).collect();
-        let part = |tallies: &BTreeMap<String, Tally>, class: &str| tallies.get(class).copied().unwrap_or_default();
-        for class in classes {
-            let (was, is) = (part(before, class), part(now, class));
-            for (family, was, is) in [(Family::Held, was.held, is.held), (Family::Waiting, was.waiting, is.waiting)] {
-                self.add(host, (family, "", ""), self.label(class), is.wrapping_sub(was).cast_signed());
-            }
-        }
-    }
-
     /// A lease on a lock of that class ended while its request was upstream.
     pub fn lease_lost(&self, host: &dyn Host, class: &str, loss: Loss) {
         self.count(host, Family::LeaseLost, class, "", loss.as_str());
@@ -218,11 +205,16 @@ impl Telemetry {
     fn show(&self, host: &dyn Host, census: &Census) {
         self.set_gauge(host, Family::TableLocks, "", census.locks);
         self.set_gauge(host, Family::TableOwners, "", census.owners);
+        self.counted(host, &census.classes);
+    }
+
+    /// So many are held and wait, by class: the gauges show it from now on. They are set as [`Telemetry::swept`] sets them.
+    pub fn counted(&self, host: &dyn Host, classes: &BTreeMap<String, Tally>) {
         // Classes that nobody holds or waits for any more must be shown too: with 0.
         let mut shown: BTreeMap<&str, Tally> =
             self.classes.values().map(|label| (label.as_str(), Tally::default())).collect();
         shown.insert(OTHER, Tally::default());
-        for (class, tally) in &census.classes {
+        for (class, tally) in classes {
             let sum = shown.entry(self.label(class)).or_default();
             sum.held = sum.held.saturating_add(tally.held);
             sum.waiting = sum.waiting.saturating_add(tally.waiting);
@@ -239,6 +231,11 @@ impl Telemetry {
         if let Ok(shown) = host.read_metric(gauge) {
             let _uncounted = host.add_metric(gauge, value.wrapping_sub(shown).cast_signed());
         }
+    }
+
+    /// The class, if the policy declares it; else the one name under which all others are counted.
+    pub fn known<'c>(&self, class: &'c str) -> &'c str {
+        if self.classes.contains_key(class) { class } else { OTHER }
     }
 
     /// The class as a label.

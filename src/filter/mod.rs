@@ -19,13 +19,12 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use interlock_core::{
-    Cause, Duration, LeaseId, Loss, OwnerId, Refusal, Request, Rules, StoreError, Tally, Time, Want, bug,
-};
+use interlock_core::{Cause, Duration, LeaseId, Loss, OwnerId, Refusal, Request, Rules, StoreError, Time, Want, bug};
 
 use crate::answer::Reject;
 use crate::answer::headers::FenceMember;
 use crate::backend::authority::Wish;
+use crate::backend::authority::shares::Shares;
 use crate::backend::seen::Seen;
 use crate::backend::{Backends, Outcome, Purpose, Waiting};
 use crate::host::{ContextId, Headers, Host, HostError};
@@ -36,9 +35,6 @@ use guard::Passage;
 use intake::{Asked, Facts, Intake, Terms};
 use respond::Answer;
 use stream::{Case, Ended, Held, State, Stream};
-
-/// In what time all VMs of a process have taken over a new configuration.
-const SETTLED: Duration = Duration::from_secs(2);
 
 /// How long a waiter goes without looking for itself: wake-ups are hints, and one may be lost.
 const BACKSTOP: Duration = Duration::from_secs(1);
@@ -112,9 +108,8 @@ pub struct Runtime {
     armed: Time,
     /// When this VM last kept house, or asked to.
     housekept: Time,
-    /// What gauges show of the leases that this VM has at authorities, and from when on they do.
-    shown: BTreeMap<String, Tally>,
-    shown_from: Time,
+    /// What this VM has at authorities, among the others.
+    shares: Shares,
 }
 
 impl Runtime {
@@ -123,6 +118,7 @@ impl Runtime {
     /// # Errors
     /// Those of the host.
     pub fn open(host: &dyn Host, active: Rc<Active>) -> Result<Self, HostError> {
+        let shares = Shares::new(&active.policy.instance, host.random()?);
         let mut runtime = Runtime {
             backends: Backends::default(),
             seen: None,
@@ -135,8 +131,7 @@ impl Runtime {
             doubtful: BTreeMap::new(),
             armed: Time::NEVER,
             housekept: Time::ZERO,
-            shown: BTreeMap::new(),
-            shown_from: Time::ZERO,
+            shares,
         };
         runtime.open_backends(host)?;
         Ok(runtime)
@@ -149,10 +144,7 @@ impl Runtime {
     pub fn reconfigure(&mut self, host: &dyn Host, active: Rc<Active>) -> Result<(), HostError> {
         if self.active.rules.classes != active.rules.classes || self.active.policy.backend != active.policy.backend {
             // Gauges of classes that are gone would stand still for ever, and so would those of a table that is left behind.
-            self.show(host, BTreeMap::new());
             self.active.telemetry.retire(host);
-            // Until all VMs have come this far, each would take away what the others show already.
-            self.shown_from = host.now() + SETTLED;
         }
         self.active = active;
         self.open_backends(host)?;
@@ -355,7 +347,8 @@ impl Runtime {
     pub fn close(&mut self, host: &dyn Host) -> bool {
         let idle = self.streams.is_empty() && self.calls.is_empty() && self.backends.is_idle();
         if idle {
-            self.show(host, BTreeMap::new());
+            // Nobody looks any more; who does later on finds it dead.
+            let _ = self.shares.exchange(host, &BTreeMap::new());
             self.active.telemetry.retire(host);
         }
         idle

@@ -91,33 +91,37 @@ impl Runtime {
         }
     }
 
-    /// Shows in the gauges what this VM has at authorities.
+    /// Says what this VM has at authorities, and shows in the gauges what all have.
     fn count_leases(&mut self, host: &dyn Host) {
-        if host.now() < self.shown_from {
+        if self.active.policy.backend == Backend::Local {
             return;
         }
-        let mut now = BTreeMap::<String, Tally>::new();
+        let telemetry = &self.active.telemetry;
+        let mut mine = BTreeMap::<String, Tally>::new();
+        let mut count = |class, held, waiting| {
+            // Clients choose classes that no policy knows.
+            let tally = mine.entry(telemetry.known(class).to_owned()).or_default();
+            (tally.held, tally.waiting) = (tally.held + held, tally.waiting + waiting);
+        };
         for Stream { state, .. } in self.streams.values().filter(|stream| stream.case.is_enforced()) {
             match state {
                 State::Waiting(Waiting::Authority(waiting)) => {
                     if let Some((lock, _)) = waiting.waits_for() {
-                        now.entry(lock.class().to_owned()).or_default().waiting += 1;
+                        count(lock.class(), 0, 1);
                     }
                 }
                 State::Holding(Held { lease: Lease::Authority(lease), .. }) => {
                     for grant in lease.grants() {
-                        now.entry(grant.name.class().to_owned()).or_default().held += 1;
+                        count(grant.name.class(), 1, 0);
                     }
                 }
                 State::Waiting(_) | State::Holding(_) | State::Over(_) => {}
             }
         }
-        self.show(host, now);
-    }
-
-    pub(super) fn show(&mut self, host: &dyn Host, now: BTreeMap<String, Tally>) {
-        self.active.telemetry.shown(host, &self.shown, &now);
-        self.shown = now;
+        match self.shares.exchange(host, &mine) {
+            Ok(all) => telemetry.counted(host, &all),
+            Err(error) => report::backend(host, &self.active, &error),
+        }
     }
 
     fn empty_mailbox(&mut self, host: &dyn Host, purpose: Purpose) {

@@ -12,6 +12,7 @@
 mod answers;
 mod floors;
 mod send;
+pub mod shares;
 mod wire;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};

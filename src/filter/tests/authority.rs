@@ -368,7 +368,30 @@ fn an_uncontended_lock_costs_one_call_before_the_upstream_and_one_after_it() {
 fn an_idle_proxy_asks_nothing_but_to_stay_connected() {
     let link = pair();
     let (_, calls) = link.proxy.calls(1, || link.run(secs(60)));
-    assert_eq!((calls.callouts, calls.shared()), (4, 0), "{calls:?}");
+    // Four times a second it looks what other VMs have at authorities, for the gauges.
+    assert_eq!((calls.callouts, calls.shared_reads, calls.shared_writes), (4, 240, 0), "{calls:?}");
+}
+
+#[test]
+fn gauges_are_of_all_vms_and_of_none_that_died() {
+    let link = pair();
+    let here = link.proxy.lock(1, "one", "a/1, free/1");
+    let there = link.proxy.lock(2, "two", "a/2");
+    link.deliver();
+    let waits = link.proxy.lock(2, "three", "a/1;wait=30");
+    link.run(millis(600));
+    let gauge = |name: &str| link.proxy.fake.metric(&format!("{name}.instance.t"));
+    assert_eq!(gauge("interlock_held.class.a"), 2);
+    assert_eq!((gauge("interlock_held.class.other"), gauge("interlock_waiting.class.a")), (1, 1));
+    link.proxy.kill(2);
+    link.run(secs(5));
+    assert_eq!((gauge("interlock_held.class.a"), gauge("interlock_waiting.class.a")), (1, 0));
+    // What it held ends by its ttl, and what it waited for is not awaited any more once its call has gone.
+    let parked = link.holders("a/1");
+    assert_eq!(link.holders("a/2"), Vec::<String>::new(), "{there:?} {waits:?} {parked:?}");
+    link.proxy.complete(here);
+    link.run(secs(1));
+    assert_eq!((gauge("interlock_held.class.a"), gauge("interlock_held.class.other")), (0, 0));
 }
 
 #[test]
