@@ -1,59 +1,15 @@
-//! An authority and sidecars that ask it, each a real Envoy with the configuration that ships; and between them a relay that
-//! stays where it is while the authority is killed and started again.
-
-use std::net::SocketAddr;
-use std::sync::{Arc, Mutex};
+//! An authority and sidecars that ask it, each a real Envoy with the configuration that ships; and between them a
+//! connection that stays where it is while the authority is killed and started again.
 
 use hyper::Method;
 use interlock_testkit::client::Ask;
-use interlock_testkit::{Answer, Client, DEADLINE, Envoy, EnvoyConfig, Upstream, tools, wait_for_async};
+use interlock_testkit::{Answer, Client, DEADLINE, Envoy, EnvoyConfig, Link, Upstream, tools, wait_for_async};
 use serde_json::{Value, json};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::task::AbortHandle;
 
 use crate::common::reloads;
 
 /// The longest TTL at the authority, and so the time for which one that was started grants nothing.
 const GRACE: &str = "2s";
-
-/// Passes connections on to wherever the authority is now.
-pub struct Relay {
-    address: SocketAddr,
-    target: Arc<Mutex<Option<SocketAddr>>>,
-    task: AbortHandle,
-}
-
-impl Relay {
-    async fn start() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let target = Arc::new(Mutex::new(None));
-        let to = Arc::clone(&target);
-        let task = tokio::spawn(async move {
-            loop {
-                let Ok((mut near, _)) = listener.accept().await else { return };
-                let target = *to.lock().unwrap();
-                tokio::spawn(async move {
-                    // Where there is nobody, the connection just ends.
-                    let Some(target) = target else { return };
-                    let Ok(mut far) = TcpStream::connect(target).await else { return };
-                    let _ = tokio::io::copy_bidirectional(&mut near, &mut far).await;
-                });
-            }
-        });
-        Relay { address, target, task: task.abort_handle() }
-    }
-
-    fn point(&self, target: Option<SocketAddr>) {
-        *self.target.lock().unwrap() = target;
-    }
-}
-
-impl Drop for Relay {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
 
 /// A sidecar and the service behind it.
 pub struct Sidecar {
@@ -86,7 +42,8 @@ pub struct Mesh {
     pub authority: Option<Envoy>,
     pub sidecars: Vec<Sidecar>,
     grace: &'static str,
-    relay: Relay,
+    /// The way from the sidecars to the authority.
+    pub link: Link,
     client: Client,
 }
 
@@ -111,6 +68,11 @@ pub fn policy() -> Value {
     })
 }
 
+async fn new_authority(grace: &str) -> Envoy {
+    let file = tools::root().join("envoy/authority.yaml");
+    Envoy::start(EnvoyConfig::from_file(&file).unwrap().policy(authority_policy(grace))).await.unwrap()
+}
+
 impl Mesh {
     /// An authority that grants, and a sidecar for each of these policies.
     pub async fn start(policies: &[Value]) -> Self {
@@ -119,14 +81,15 @@ impl Mesh {
 
     /// The same, with an authority that was just started granting nothing for this long.
     pub async fn with_grace(grace: &'static str, policies: &[Value]) -> Self {
-        let relay = Relay::start().await;
-        let mut mesh = Mesh { authority: None, sidecars: Vec::new(), grace, relay, client: Client::http1_fresh() };
-        mesh.set_authority(mesh.new_authority().await);
+        let authority = new_authority(grace).await;
+        let link = Link::to(authority.address()).await.unwrap();
+        let (authority, sidecars) = (Some(authority), Vec::new());
+        let mut mesh = Mesh { authority, sidecars, grace, link, client: Client::http1_fresh() };
         for policy in policies {
             let upstream = Upstream::start().await.unwrap();
             let file = tools::root().join("envoy/sidecar.yaml");
             let config = EnvoyConfig::from_file(&file).unwrap().policy(policy.clone()).upstream(upstream.address());
-            let config = config.cluster("interlock-authority", mesh.relay.address);
+            let config = config.cluster("interlock-authority", mesh.link.address());
             // Requests are held at the upstream for as long as a test needs it.
             let config = config.patch_routes(|routes| routes[0]["route"]["timeout"] = json!("0s"));
             mesh.sidecars.push(Sidecar { envoy: Envoy::start(config).await.unwrap(), upstream });
@@ -142,21 +105,19 @@ impl Mesh {
 
     /// An authority without memory, which nobody reaches yet.
     pub async fn new_authority(&self) -> Envoy {
-        let file = tools::root().join("envoy/authority.yaml");
-        let config = EnvoyConfig::from_file(&file).unwrap().policy(authority_policy(self.grace));
-        Envoy::start(config).await.unwrap()
+        new_authority(self.grace).await
     }
 
     /// From now on this is the authority.
     pub fn set_authority(&mut self, authority: Envoy) {
-        self.relay.point(Some(authority.address()));
+        self.link.lead_to(authority.address());
         self.authority = Some(authority);
     }
 
     /// Nothing is left of the authority: not its process, not its memory.
     pub fn kill_authority(&mut self) {
-        self.relay.point(None);
         self.authority.take().unwrap().kill().unwrap();
+        self.link.cut();
     }
 
     pub async fn until_ready(&self) {

@@ -1,9 +1,12 @@
 //! Sidecars whose locks are an authority's, in real Envoys: granted, waited for and given back over all of them; what happens
 //! when callers leave, and when the authority does.
 
+mod lies;
 mod mesh;
 
-use interlock_testkit::{Answer, Client, DEADLINE, wait_for_async};
+use std::time::Duration;
+
+use interlock_testkit::{Answer, Client, DEADLINE, Direction, wait_for_async};
 use serde_json::json;
 
 use crate::common::{fences, owner};
@@ -165,6 +168,31 @@ async fn a_killed_authority_loses_no_lease_and_grants_again() {
     assert!(fence(&first) < fence(&second));
     assert_eq!(one.count("interlock_lease_lost_total", &[]).await, 0.0);
     assert!(one.upstream.requests_to("/two").is_empty());
+    mesh.assert_clean().await;
+}
+
+/// A partition says nothing: no connection is refused or reset. The cluster's keep-alive finds out.
+#[tokio::test]
+async fn an_authority_that_vanished_without_a_word_is_found_out() {
+    let mesh = Mesh::pair().await;
+    let [one, two] = &mesh.sidecars[..] else { panic!() };
+    let holder = one.ask(1, "/one?hold", "order/1;ttl=2").spawn();
+    one.upstream.wait_for_requests("/one", 1).await;
+    let parked = two.ask(2, "/two", "order/1;wait=30").spawn();
+    mesh.until_waiting("order/1", 1).await;
+    for direction in [Direction::Up, Direction::Down] {
+        mesh.link.hold(direction);
+    }
+    let answer = parked.answer().await.unwrap();
+    assert_eq!((answer.status, &answer.json()["type"]), (503, &json!("urn:interlock:problem:backend-unavailable")));
+    assert!(answer.took < Duration::from_secs(25), "its wait is over after 30 s");
+    // And who holds a lease that is not renewed loses it, on both sides.
+    let lost = holder.answer().await.unwrap();
+    assert_eq!((lost.status, &lost.json()["type"]), (409, &json!("urn:interlock:problem:lease-lost")));
+    mesh.link.heal();
+    let next = two.ask(3, "/three", "order/1").send().await.unwrap();
+    assert_eq!(next.status, 200, "{}", next.text());
+    one.upstream.open("/one");
     mesh.assert_clean().await;
 }
 
