@@ -111,6 +111,9 @@ pub struct LockView {
     name: String,
     holders: Vec<HolderView>,
     waiters: Vec<WaiterView>,
+    /// For how long yet there may be holders that are not known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    grace: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -164,7 +167,14 @@ impl LockView {
             name: queue.name.as_str().to_owned(),
             holders: live().filter_map(holder).collect(),
             waiters: waiting.filter_map(waiter).collect(),
+            grace: None,
         }
+    }
+
+    /// Says that there may be more holders than are known, for so long yet.
+    #[must_use]
+    pub fn in_grace(self, left: Duration) -> Self {
+        LockView { grace: (!left.is_zero()).then(|| millis(left)), ..self }
     }
 }
 

@@ -101,6 +101,30 @@ pub enum Told {
     },
 }
 
+/// Who holds a lock.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// Its holders, each with its fence.
+    pub holders: Vec<(OwnerId, Fence)>,
+    /// For how long yet there may be holders that the authority does not know, because it has lost its memory.
+    pub grace: Option<Duration>,
+}
+
+/// Reads the body of an answer that tells of one lock.
+///
+/// # Errors
+/// That it is of no use.
+pub fn held(body: &[u8], lock: &LockName) -> Result<Held, Unusable> {
+    let view = Object::read(body)?;
+    if view.text("name")? != lock.as_str() {
+        return Err(Unusable::Mismatch("another lock"));
+    }
+    let grace = view.optional_text("grace")?.map(duration).transpose()?;
+    let holder = |holder: Object<'_>| Ok((owner(holder.text("owner")?)?, Fence(holder.number("fence")?)));
+    let holders = view.objects("holders")?.into_iter().map(holder).collect::<Result<_, _>>()?;
+    Ok(Held { holders, grace })
+}
+
 /// Reads the body of an answer that grants a lease.
 ///
 /// # Errors

@@ -352,7 +352,8 @@ impl Runtime {
             }
             Target::Lock(name) => {
                 let queue = local.lock(host, rules, &name)?;
-                ok(body::json(&body::LockView::new(&queue, local.sessions(), host.now())))
+                let left = local.grace_left(host, rules)?;
+                ok(body::json(&body::LockView::new(&queue, local.sessions(), host.now()).in_grace(left)))
             }
             Target::Break(name) => {
                 let ended = local.break_glass(host, rules, &name)?;

@@ -2,7 +2,7 @@
 //!
 //! A fence from outside counts only if it is signed with one of the policy's keys, for this very owner.
 
-use interlock_core::{Grant, LeaseId, LockName, OwnerId, Rules, StoreError, bug};
+use interlock_core::{Fence, Grant, LeaseId, LockName, OwnerId, Rules, StoreError, bug};
 
 use super::intake::Facts;
 use super::stream::Case;
@@ -21,6 +21,13 @@ pub struct Inbound {
     pub unverified: Vec<LockName>,
     /// Whether the header could not be read, so that none of what is in it counts.
     pub malformed: bool,
+}
+
+impl Inbound {
+    /// The highest fence for a lock that is believed.
+    pub fn highest(&self, lock: &LockName) -> Option<Fence> {
+        self.verified.iter().filter(|member| member.name == *lock).map(|member| member.fence).max()
+    }
 }
 
 /// Reads the inbound fences of the effective stream's request. Nothing is read without keys, since nothing could verify.

@@ -6,17 +6,19 @@
 use std::rc::Rc;
 
 use interlock_core::seen::Verdict;
-use interlock_core::{Cause, Duration, LockName, OwnerId, Refusal, StoreError, bug};
+use interlock_core::{Cause, Duration, Fence, LockName, Mode, OwnerId, Refusal, StoreError, bug};
 
 use super::fences::Inbound;
+use super::holder::{self, Question};
 use super::intake::{Facts, Terms};
 use super::respond::Answer;
 use super::stream::{Case, Ended};
 use super::{Active, Runtime, case, report};
 use crate::answer::{Reject, Shown};
 use crate::backend::Purpose;
+use crate::backend::authority::look::Unknown;
 use crate::host::Host;
-use crate::policy::{Check, OnLeaseLost, OnUnavailable, Reentrancy};
+use crate::policy::{Backend, Check, OnLeaseLost, OnUnavailable, Reentrancy};
 
 /// What a guard wants of a request.
 #[derive(Debug)]
@@ -29,6 +31,8 @@ pub struct Guarded {
 
 /// How a request comes by its guard.
 pub enum Passage {
+    /// Its holder is asked for, and it has to wait for the answer.
+    Asked(Question),
     /// There is none, or it has nothing against it.
     Free,
     /// It passes all the same: under audit, or because nobody can say and the guard allows that.
@@ -70,36 +74,28 @@ impl Runtime {
         inbound: &mut Inbound,
     ) -> Passage {
         let Guarded { terms, check, lock } = guarded;
+        let case = case(host, active, terms, facts.owner().cloned(), Vec::new());
         let judged = match (&lock, check) {
             (Err(reject), _) => Err(reject.clone()),
             (Ok(lock), Check::Fence) => self.check_fence(host, facts, lock, inbound),
-            (Ok(lock), Check::Owner) => self.check_owner(host, active, facts, terms.purpose, lock, inbound),
+            (Ok(lock), Check::Owner) => match (&active.policy.backend, facts.owner()) {
+                (_, None) => Err(Reject::OwnerMissing { sources: active.policy.owner_from.clone() }),
+                (backend, Some(owner)) => {
+                    let claim = Claim { lock: lock.clone(), owner: owner.clone(), shown: inbound.highest(lock) };
+                    match backend {
+                        Backend::Local => self.check_owner(host, active, case.purpose(), &claim),
+                        Backend::Authority(at) => match holder::ask(host, at, &claim) {
+                            Ok(sent) => return Passage::Asked(Question::new(case, claim, sent)),
+                            Err(reject) => {
+                                report::unanswered(host, active, Unknown::UNSENT.reason);
+                                Err(reject)
+                            }
+                        },
+                    }
+                }
+            },
         };
-        let class = lock.as_ref().map_or("", LockName::class);
-        let purpose = terms.purpose;
-        let reject = match judged {
-            Ok(()) => {
-                report::guarded(host, active, purpose, class);
-                return Passage::Free;
-            }
-            Err(reject) => reject,
-        };
-        let mut case = case(host, active, terms, facts.owner().cloned(), Vec::new());
-        case.name_route(host);
-        let failed =
-            matches!(&reject, Reject::Core(Refusal { cause: Cause::Backend { .. } | Cause::Grace { .. }, .. }));
-        if failed && case.terms.on_backend_unavailable == OnUnavailable::Allow {
-            report::passed_unguarded(host, &case, &reject);
-            return Passage::Noted(case, Ended::Unlocked);
-        }
-        report::turned_away(host, &case, &reject);
-        match purpose {
-            Purpose::Enforce => {
-                let answer = Answer::refusal(&case, &reject, Duration::ZERO);
-                Passage::Stopped(case, answer)
-            }
-            Purpose::Audit => Passage::Noted(case, Ended::WouldRefuse(Box::new(reject))),
-        }
+        conclude(host, case, lock.as_ref().map_or("", LockName::class), judged)
     }
 
     /// Judges the fence that the request shows by those that were seen here before. There is one memory, under audit too: what it
@@ -137,28 +133,13 @@ impl Runtime {
     }
 
     /// Asks the table who holds the lock. A guard that only watches finds the holder among those of the shadow table, too.
-    fn check_owner(
-        &mut self,
-        host: &dyn Host,
-        active: &Active,
-        facts: &Facts<'_>,
-        purpose: Purpose,
-        lock: &LockName,
-        inbound: &Inbound,
-    ) -> Result<(), Reject> {
-        let Some(owner) = facts.owner() else {
-            return Err(Reject::OwnerMissing { sources: active.policy.owner_from.clone() });
-        };
-        let branches = format!("{owner}#");
+    fn check_owner(&mut self, host: &dyn Host, active: &Active, purpose: Purpose, claim: &Claim) -> Result<(), Reject> {
+        let branches = format!("{}#", claim.owner);
         let by_branch = active.policy.reentrancy == Reentrancy::Lease;
         let is = |holder: &OwnerId| {
-            holder == owner || (by_branch && holder.as_str().starts_with(&branches)) || bug!(AnyHolderPasses)
+            *holder == claim.owner || (by_branch && holder.as_str().starts_with(&branches)) || bug!(AnyHolderPasses)
         };
-        let refused = |cause| {
-            let mode = active.policy.defaults.mode;
-            Reject::Core(Refusal { lock: lock.clone(), mode, owner: owner.clone(), cause })
-        };
-        let failed = |error: StoreError| refused(error.into());
+        let failed = |error: StoreError| claim.refused(error.into());
         let tables: &[Purpose] = match purpose {
             Purpose::Enforce => &[Purpose::Enforce],
             Purpose::Audit => &Purpose::ALL,
@@ -166,23 +147,71 @@ impl Runtime {
         let (mut held, mut grace) = (None, Duration::ZERO);
         for purpose in tables {
             if let Some(table) = self.backends.local(*purpose) {
-                held = table.held_by(host, &active.rules, lock, is).map_err(failed)?;
+                held = table.held_by(host, &active.rules, &claim.lock, is).map_err(failed)?;
                 if held.is_some() {
                     break;
                 }
                 grace = grace.max(table.grace_left(host, &active.rules).map_err(failed)?);
             }
         }
-        let shown = inbound.verified.iter().filter(|member| member.name == *lock).map(|member| member.fence).max();
-        match (held, shown) {
+        claim.judge(held, grace)
+    }
+}
+
+/// Who wants to pass as the holder of a lock.
+#[derive(Debug)]
+pub struct Claim {
+    /// The lock.
+    pub lock: LockName,
+    /// Who.
+    pub owner: OwnerId,
+    /// The highest fence for it that counts and that the request shows.
+    pub shown: Option<Fence>,
+}
+
+impl Claim {
+    /// The refusal of it for a cause that is not its own.
+    pub fn refused(&self, cause: Cause) -> Reject {
+        let (lock, owner) = (self.lock.clone(), self.owner.clone());
+        // Nobody says in which mode it should be held.
+        Reject::Core(Refusal { lock, mode: Mode::Exclusive, owner, cause })
+    }
+
+    /// Judges it. `held`: the lowest fence under which the owner holds the lock, if it does, as far as is known; `grace`: for how
+    /// long yet not all holders may be known.
+    ///
+    /// # Errors
+    /// Why it does not pass.
+    pub fn judge(&self, held: Option<Fence>, grace: Duration) -> Result<(), Reject> {
+        let (lock, owner) = (self.lock.clone(), self.owner.clone());
+        match (held, self.shown) {
             // It is of an earlier section of the same owner.
-            (Some(held), Some(fence)) if fence < held => {
-                Err(Reject::StaleFence { lock: lock.clone(), owner: owner.clone(), fence })
-            }
+            (Some(held), Some(fence)) if fence < held => Err(Reject::StaleFence { lock, owner, fence }),
             (Some(_), _) => Ok(()),
-            (None, _) if grace.is_zero() => Err(Reject::NotHolder { lock: lock.clone(), owner: owner.clone() }),
+            (None, _) if grace.is_zero() => Err(Reject::NotHolder { lock, owner }),
             // It may hold it, and not have come yet to say so.
-            (None, _) => Err(refused(Cause::Grace { left: grace })),
+            (None, _) => Err(self.refused(Cause::Grace { left: grace })),
         }
+    }
+}
+
+/// What becomes of a request that was judged so. Its stream must be the effective one.
+pub fn conclude(host: &dyn Host, mut case: Case, class: &str, judged: Result<(), Reject>) -> Passage {
+    let Err(reject) = judged else {
+        report::guarded(host, &case, class);
+        return Passage::Free;
+    };
+    case.name_route(host);
+    let failed = matches!(&reject, Reject::Core(Refusal { cause: Cause::Backend { .. } | Cause::Grace { .. }, .. }));
+    if failed && case.terms.on_backend_unavailable == OnUnavailable::Allow {
+        report::passed_unguarded(host, &case, &reject);
+        return Passage::Noted(case, Ended::Unlocked);
+    }
+    report::turned_away(host, &case, &reject);
+    if case.is_enforced() {
+        let answer = Answer::refusal(&case, &reject, host.now().since(case.arrived));
+        Passage::Stopped(case, answer)
+    } else {
+        Passage::Noted(case, Ended::WouldRefuse(Box::new(reject)))
     }
 }

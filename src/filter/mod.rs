@@ -7,6 +7,7 @@
 mod calls;
 pub mod fences;
 mod guard;
+mod holder;
 pub mod intake;
 mod report;
 mod respond;
@@ -27,17 +28,21 @@ use crate::backend::authority::Wish;
 use crate::backend::authority::shares::Shares;
 use crate::backend::seen::Seen;
 use crate::backend::{Backends, Outcome, Purpose, Waiting};
-use crate::host::{ContextId, Headers, Host, HostError};
+use crate::host::{CallToken, ContextId, Headers, Host, HostError};
 use crate::policy::{self, Backend, HeaderAnnotations, OnUnavailable, Policy, Reentrancy};
 use crate::telemetry::Telemetry;
 use calls::Call;
 use guard::Passage;
+use holder::Question;
 use intake::{Asked, Facts, Intake, Terms};
 use respond::Answer;
 use stream::{Case, Ended, Held, State, Stream};
 
 /// How long a waiter goes without looking for itself: wake-ups are hints, and one may be lost.
 const BACKSTOP: Duration = Duration::from_secs(1);
+
+/// What is said where a request's body went ahead of it.
+const BODY_FIRST: &str = "the body came while the request was parked: allow_on_headers_stop_iteration is not supported";
 
 /// A configuration in force, with what is made of it once.
 #[derive(Debug)]
@@ -97,6 +102,9 @@ pub struct Runtime {
     leases: HashMap<(Purpose, LeaseId), ContextId>,
     /// Requests to the lease API under way.
     calls: HashMap<ContextId, Call>,
+    /// Guarded requests whose authority is asked who holds the lock, and the calls that ask it.
+    questions: HashMap<ContextId, Question>,
+    asked: HashMap<CallToken, ContextId>,
     timers: BTreeSet<(Time, ContextId)>,
     /// The latest configuration: what is done without a request is done under it.
     active: Rc<Active>,
@@ -125,6 +133,8 @@ impl Runtime {
             streams: HashMap::new(),
             leases: HashMap::new(),
             calls: HashMap::new(),
+            questions: HashMap::new(),
+            asked: HashMap::new(),
             timers: BTreeSet::new(),
             active,
             served: false,
@@ -206,7 +216,20 @@ impl Runtime {
         let guarded = guard::of(&facts, active);
         clean(host, policy);
         let passage = guarded.map(|guarded| self.guard(host, active, &facts, guarded, &mut inbound));
-        let noted = match passage.unwrap_or(Passage::Free) {
+        self.pass(host, id, active, passage.unwrap_or(Passage::Free), intake, inbound.verified)
+    }
+
+    /// Has the effective stream's request go on from its guard as that says.
+    fn pass(
+        &mut self,
+        host: &dyn Host,
+        id: ContextId,
+        active: &Rc<Active>,
+        passage: Passage,
+        intake: Intake,
+        carried: Vec<FenceMember>,
+    ) -> Flow {
+        let noted = match passage {
             Passage::Free => None,
             Passage::Noted(case, ended) => Some((case, ended)),
             Passage::Stopped(case, answer) => {
@@ -214,8 +237,16 @@ impl Runtime {
                 send(host, active, &answer);
                 return Flow::Stop;
             }
+            Passage::Asked(question) => {
+                if question.case.is_enforced() {
+                    self.keep_question(host, id, question, Some((intake, carried)));
+                    return Flow::Stop;
+                }
+                self.keep_question(host, id, question, None);
+                None
+            }
         };
-        self.lock(host, id, active, intake, inbound.verified, noted)
+        self.lock(host, id, active, intake, carried, noted)
     }
 
     /// Gets the effective stream's request the locks that it asks for.
@@ -285,12 +316,14 @@ impl Runtime {
         if self.calls.contains_key(&id) {
             return self.call_body(host, id, size, end);
         }
+        if self.is_questioned(id) {
+            self.abandon_question(host, id, BODY_FIRST);
+            return Flow::Stop;
+        }
         let Some(stream) = self.streams.get(&id) else { return Flow::Continue };
         match stream.state {
             State::Waiting(_) if stream.case.is_enforced() => {
-                let detail =
-                    "the body came while the request was parked: allow_on_headers_stop_iteration is not supported";
-                self.abandon(host, id, Cause::Backend { detail: detail.into() });
+                self.abandon(host, id, Cause::Backend { detail: BODY_FIRST.into() });
                 Flow::Stop
             }
             State::Over(Ended::Answered) => Flow::Stop,
@@ -321,6 +354,7 @@ impl Runtime {
     /// The stream has ended, in whatever way: gives back what it has.
     pub fn end(&mut self, host: &dyn Host, id: ContextId) {
         self.call_ended(host, id);
+        drop(self.take_question(id));
         let Some(Stream { mut case, state, .. }) = self.take(id) else { return };
         let purpose = case.purpose();
         let rules = &case.active.rules;
@@ -345,7 +379,8 @@ impl Runtime {
 
     /// Ends the instance in this VM, if no stream hangs on it. What it shares with other VMs stays.
     pub fn close(&mut self, host: &dyn Host) -> bool {
-        let idle = self.streams.is_empty() && self.calls.is_empty() && self.backends.is_idle();
+        let idle =
+            self.streams.is_empty() && self.calls.is_empty() && self.questions.is_empty() && self.backends.is_idle();
         if idle {
             // Nobody looks any more; who does later on finds it dead.
             let _ = self.shares.exchange(host, &BTreeMap::new());

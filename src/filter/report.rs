@@ -6,7 +6,7 @@ use super::Active;
 use super::stream::{Case, Held};
 use crate::answer::Reject;
 use crate::backend::authority::Notes;
-use crate::backend::{Lease, Purpose, Waiting};
+use crate::backend::{Lease, Waiting};
 use crate::host::{Host, HostError, Level};
 use crate::policy::Backend;
 use crate::telemetry::{self, Incident, Record};
@@ -50,11 +50,23 @@ pub fn unlocked(host: &dyn Host, case: &Case, reject: &Reject, waited: Duration)
 }
 
 /// A guard has nothing against a request.
-pub fn guarded(host: &dyn Host, active: &Active, purpose: Purpose, class: &str) {
-    match purpose {
-        Purpose::Enforce => active.telemetry.guarded(host, class, "passed", ""),
-        Purpose::Audit => active.telemetry.audit(host, class, "passed", ""),
+pub fn guarded(host: &dyn Host, case: &Case, class: &str) {
+    let telemetry = &case.active.telemetry;
+    if case.is_enforced() {
+        telemetry.guarded(host, class, "passed", "");
+    } else {
+        telemetry.audit(host, class, "passed", "");
     }
+}
+
+/// An authority did not say who holds a lock.
+pub fn unanswered(host: &dyn Host, active: &Active, reason: &'static str) {
+    active.telemetry.backend_error(host, reason);
+}
+
+/// An authority has said who holds a lock, after so long.
+pub fn looked(host: &dyn Host, active: &Active, took: Duration) {
+    active.telemetry.backend(host, took);
 }
 
 /// A guard turned a request away, or would have under audit.
@@ -76,7 +88,7 @@ fn at_guard(host: &dyn Host, case: &Case, incident: Incident, reject: &Reject, o
     } else {
         case.active.telemetry.audit(host, class, outcome, reject.slug());
     }
-    log(host, case, incident, reject, Duration::ZERO);
+    log(host, case, incident, reject, host.now().since(case.arrived));
 }
 
 /// A lease that was asked for by message was refused.

@@ -37,6 +37,11 @@ impl Runtime {
 
     /// The answer to a call has come. `of_stream`: it came to a stream, since that had called.
     pub fn call_answered(&mut self, host: &dyn Host, token: CallToken, headers: usize, of_stream: bool) {
+        if self.question_answered(host, token, headers) {
+            // A request that passed may have asked the authority for its locks.
+            self.call_root(host);
+            return;
+        }
         let Some(authority) = self.backends.authorities().iter_mut().find(|authority| authority.awaits(token)) else {
             return;
         };
@@ -220,6 +225,9 @@ impl Runtime {
     fn look_after(&mut self, host: &dyn Host, id: ContextId) {
         if self.calls.contains_key(&id) {
             return self.look_after_call(host, id);
+        }
+        if self.is_question_due(id, host.now()) {
+            return self.give_up_question(host, id);
         }
         let Some(Stream { case, state, .. }) = self.take(id) else { return };
         let purpose = case.purpose();

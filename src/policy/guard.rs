@@ -8,7 +8,7 @@ use super::parse_rules::{conditions, template};
 use super::reader::{PolicyError, Reader, hint, quote};
 use super::rules::{Chosen, Conditions};
 use super::template::{FillError, Template};
-use super::{Backend, Enforcement, Lookup, Match, OnUnavailable, Policy, Rules};
+use super::{Enforcement, Lookup, Match, OnUnavailable, Policy, Rules};
 
 /// How a guard sees that the owner of a request holds the lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,9 +95,6 @@ fn guard(name: String, at: &Reader<'_>, policy: &Policy) -> Result<Guard, Policy
             );
             return Err(place.error(problem));
         }
-    }
-    if check == Check::Owner && policy.backend != Backend::Local {
-        return Err(place.error("\"owner\" asks the local table only in this build; use \"fence\""));
     }
     let away = "an answer to a backend that is away";
     let enforcement = object.read("enforcement", enforcement_of)?;

@@ -5,6 +5,7 @@ use interlock_testkit::client::Pending;
 use interlock_testkit::{Answer, Client, DEADLINE, Envoy, EnvoyConfig, Recorded, Upstream};
 use serde_json::{Value, json};
 
+use crate::authority::mesh;
 use crate::common::{Plan, Stage, owner, reloads, run};
 use crate::problem::Refusal;
 use crate::world::log_lines;
@@ -260,5 +261,74 @@ fn who_does_not_hold_the_lock_now_is_turned_away() {
         refusal.check_http("owner", &write(1).await.unwrap());
         assert_eq!(lane.upstream().requests_to("/store/1").len(), 1);
         lane.quiet().await;
+    });
+}
+
+/// Two services that take locks at an authority, and the resource that both write to.
+async fn at_an_authority(check: &str) -> mesh::Mesh {
+    let mut service = mesh::policy();
+    service["keys"] = keys();
+    let mut resource = service.clone();
+    resource["instance"] = json!("store");
+    resource["guard"] = guard(check);
+    mesh::Mesh::start(&[service.clone(), service, resource]).await
+}
+
+/// A service holds a lock at the authority, and has not written yet.
+async fn holds(mesh: &mesh::Mesh, sidecar: usize, by: u128) -> (Pending, Recorded) {
+    let sidecar = &mesh.sidecars[sidecar];
+    let pending = sidecar.ask(by, &format!("/{by}?hold"), "order/1").spawn();
+    (pending, sidecar.upstream.wait_for_requests(&format!("/{by}"), 1).await.remove(0))
+}
+
+async fn writes(mesh: &mesh::Mesh, by: u128, fence: Option<String>) -> Answer {
+    let ask = Client::http1_fresh().ask(Method::PUT, mesh.sidecars[2].url("/store/1")).trace(by);
+    fence.into_iter().fold(ask, |ask, fence| ask.header("lock-fence", fence)).send().await.unwrap()
+}
+
+#[test]
+fn a_holder_that_stood_still_past_its_ttl_is_turned_away_after_the_next() {
+    run(async {
+        let mut mesh = at_an_authority("fence").await;
+        let (stopped, early) = holds(&mesh, 0, 1).await;
+        mesh.sidecars[0].envoy.freeze().unwrap();
+        // It is granted when the lease of the first, which nobody renews, is over.
+        let (next, late) = holds(&mesh, 1, 2).await;
+        assert_eq!(writes(&mesh, 2, late.header("lock-fence")).await.status, 200);
+        let refused = writes(&mesh, 1, early.header("lock-fence")).await;
+        assert_eq!((refused.status, slug(&refused).as_str()), (412, "stale-fence"), "{}", refused.text());
+        assert_eq!(mesh.sidecars[2].upstream.requests_to("/store/1").len(), 1, "what is refused reaches nobody");
+        mesh.sidecars[0].envoy.thaw().unwrap();
+        // It finds out that its lease is lost, and ends the request.
+        assert_eq!(stopped.answer().await.unwrap().status, 409);
+        mesh.sidecars[1].upstream.open("/2");
+        assert_eq!(next.answer().await.unwrap().status, 200);
+        mesh.sidecars[0].upstream.open("/1");
+        mesh.assert_clean().await;
+    });
+}
+
+#[test]
+fn the_authority_is_asked_who_holds_the_lock() {
+    run(async {
+        let mut mesh = at_an_authority("owner").await;
+        assert_eq!(writes(&mesh, 1, None).await.status, 412);
+        let (holder, seen) = holds(&mesh, 0, 1).await;
+        for fence in [None, seen.header("lock-fence")] {
+            let passed = writes(&mesh, 1, fence).await;
+            assert_eq!(passed.status, 200, "{}", passed.text());
+        }
+        let other = writes(&mesh, 2, None).await;
+        assert_eq!((other.status, slug(&other).as_str()), (412, "not-holder"), "{}", other.text());
+        mesh.sidecars[0].upstream.open("/1");
+        assert_eq!(holder.answer().await.unwrap().status, 200);
+        mesh.until_free("order/1").await;
+        assert_eq!(writes(&mesh, 1, seen.header("lock-fence")).await.status, 412, "it has given the lock back");
+        assert_eq!(mesh.sidecars[2].upstream.requests_to("/store/1").len(), 2);
+        mesh.assert_clean().await;
+        mesh.kill_authority();
+        let unknown = writes(&mesh, 1, None).await;
+        assert_eq!((unknown.status, slug(&unknown).as_str()), (503, "backend-unavailable"), "{}", unknown.text());
+        assert_eq!(mesh.sidecars[2].upstream.requests_to("/store/1").len(), 2);
     });
 }

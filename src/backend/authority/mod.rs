@@ -11,6 +11,7 @@
 
 mod answers;
 mod floors;
+pub mod look;
 mod send;
 pub mod shares;
 mod wire;

@@ -1,6 +1,7 @@
 //! The filter as a whole, over a fake proxy with a virtual clock: what callers and upstreams see of it, whatever fails.
 
 mod annotate;
+mod asked;
 mod authority;
 mod budget;
 mod calls;

@@ -2,7 +2,7 @@
 //! when callers leave, and when the authority does.
 
 mod lies;
-mod mesh;
+pub mod mesh;
 
 use std::time::Duration;
 
