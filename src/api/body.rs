@@ -24,6 +24,8 @@ pub struct Lease<'a> {
     waited: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     receipt: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lock_fence: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -46,7 +48,14 @@ impl<'a> Lease<'a> {
             ttl: millis(granted.ttl),
             waited: millis(granted.waited),
             receipt,
+            lock_fence: None,
         }
+    }
+
+    /// With its fences as the header that a guard believes.
+    #[must_use]
+    pub fn with_fences(self, lock_fence: Option<String>) -> Self {
+        Lease { lock_fence, ..self }
     }
 }
 

@@ -129,3 +129,26 @@ fn renewals_and_releases() {
         assert_eq!(deleted(body.as_bytes()), Err(Unusable::Malformed), "{body}");
     }
 }
+
+#[test]
+fn who_holds_a_lock_is_read_and_nothing_else_is_believed() {
+    let lock = LockName::parse("a/1").unwrap();
+    let whole = br#"{"name":"a/1","holders":[{"owner":"one","mode":"shared","fence":7,"more":1}],"waiters":[],"grace":"1500ms"}"#;
+    let one = (OwnerId::new("one").unwrap(), Fence(7));
+    assert_eq!(held(whole, &lock), Ok(Held { holders: vec![one], grace: Some(Duration::from_millis(1500)) }));
+    assert_eq!(held(br#"{"name":"a/1","holders":[]}"#, &lock), Ok(Held { holders: Vec::new(), grace: None }));
+    assert_eq!(held(br#"{"name":"a/2","holders":[]}"#, &lock), Err(Unusable::Mismatch("another lock")));
+    for wrong in [
+        r#"{"holders":[]}"#,
+        r#"{"name":"a/1"}"#,
+        r#"{"name":"a/1","holders":{}}"#,
+        r#"{"name":"a/1","holders":["one"]}"#,
+        r#"{"name":"a/1","holders":[{"owner":"one"}]}"#,
+        r#"{"name":"a/1","holders":[{"owner":"one","fence":-1}]}"#,
+        r#"{"name":"a/1","holders":[{"owner":"","fence":1}]}"#,
+        r#"{"name":"a/1","holders":[],"grace":7}"#,
+        r#"{"name":"a/1","holders":[]"#,
+    ] {
+        assert_eq!(held(wrong.as_bytes(), &lock), Err(Unusable::Malformed), "{wrong}");
+    }
+}

@@ -10,8 +10,8 @@ use interlock_core::lease::{Answer as Given, End, Granted, Parked};
 use interlock_core::{Cause, Duration, LockName, Refusal, Request, StoreError, Time};
 
 use super::respond::Answer;
-use super::{Active, Flow, Runtime, intake, next_look, report};
-use crate::answer::Reject;
+use super::{Active, Flow, Runtime, fences, intake, next_look, report};
+use crate::answer::{Reject, headers};
 use crate::api::body::{self, Conflict};
 use crate::api::call::{LeaseName, Put, Renew};
 use crate::api::{ApiError, MAX_BODY, Target, receipt};
@@ -342,7 +342,12 @@ impl Runtime {
         Ok(match target {
             Target::Release(name) => ok(body::json(&body::Status::from(local.delete(host, rules, name.id())?))),
             Target::Lease(name) => match local.get(host, rules, name.id())? {
-                Some(granted) => told(active, &name, &granted, 200),
+                Some(granted) => {
+                    let fences = fences::signed(host, &active.policy.keys, Some(&granted.owner), &granted.grants);
+                    let receipt = receipt::seal(&active.policy.keys, &granted.receipt);
+                    let lease = body::Lease::new(&name, &granted, receipt);
+                    ok(body::json(&lease.with_fences(headers::lock_fence(&fences))))
+                }
                 None => problem(&ApiError::NotFound(String::from("there is no such lease, or it is over"))),
             },
             Target::Locks { from, limit } => {

@@ -10,7 +10,7 @@ use crate::answer::headers::{self, FenceMember};
 use crate::backend::Lease;
 use crate::backend::local::Local;
 use crate::host::{Headers, Host};
-use crate::policy::{Policy, Signed};
+use crate::policy::{Keys, Policy, Signed};
 
 /// The fences that a request brings along.
 #[derive(Debug, Default)]
@@ -54,14 +54,17 @@ pub fn inbound(host: &dyn Host, policy: &Policy, facts: &Facts<'_>) -> Inbound {
 
 /// The fences of a lease's grants, of those that were asked for.
 pub fn of(host: &dyn Host, case: &Case, lease: &Lease) -> Vec<FenceMember> {
-    let keys = &case.active.policy.keys;
-    let asked = lease.grants().iter().filter(|grant| grant.asked);
+    signed(host, &case.active.policy.keys, case.owner.as_ref(), lease.grants())
+}
+
+/// The fences of grants, of those that were asked for; signed for their owner where there are keys.
+pub fn signed(host: &dyn Host, keys: &Keys, owner: Option<&OwnerId>, grants: &[Grant]) -> Vec<FenceMember> {
     let sign = |grant: &Grant| {
         // A fence is good for as long as its grant can be renewed.
         let left = grant.until.since(host.now());
         let expiry = u64::try_from(left.as_millis()).unwrap_or(u64::MAX).saturating_add(host.unix_micros() / 1000);
-        let owner = case.owner.as_ref()?;
-        keys.sign(&Signed { name: &grant.name, fence: grant.fence, mode: grant.mode, owner }, expiry)
+        let says = Signed { name: &grant.name, fence: grant.fence, mode: grant.mode, owner: owner? };
+        keys.sign(&says, expiry)
     };
     let member = |grant: &Grant| FenceMember {
         name: grant.name.clone(),
@@ -69,7 +72,7 @@ pub fn of(host: &dyn Host, case: &Case, lease: &Lease) -> Vec<FenceMember> {
         mode: grant.mode,
         sig: if keys.is_empty() { None } else { sign(grant) },
     };
-    asked.map(member).collect()
+    grants.iter().filter(|grant| grant.asked).map(member).collect()
 }
 
 /// Sets the header of the effective stream's request: own fences, then those of earlier hops for other locks.

@@ -181,6 +181,31 @@ fn only_a_fence_that_is_signed_for_this_owner_and_lock_counts() {
 }
 
 #[test]
+fn a_lease_of_the_api_passes_with_the_fence_that_the_authority_tells_its_holder() {
+    let mut authority = callers();
+    authority["api"] = json!({});
+    authority["limits"] = json!({ "max_ttl": "5s" });
+    let mut resource = resource();
+    resource["owner"] = json!({ "from": ["lock-owner"] });
+    let proxy = Proxy::new(1, &authority);
+    proxy.start(&resource);
+    proxy.run(secs(6));
+    let path = "leases/0123456789abcdef";
+    let body = json!({ "owner": "nightly-report", "locks": [{ "name": "a/1" }, { "name": "b/1", "mode": "shared" }] });
+    let (status, granted) = proxy.answer(proxy.api(0, "PUT", path, Some(&body)));
+    assert_eq!((status, granted.get("lock_fence")), (201, None), "proxies make their own");
+    let (_, lease) = proxy.answer(proxy.api(0, "GET", path, None));
+    let fence = lease["lock_fence"].as_str().unwrap();
+    assert!(fence.starts_with(&format!("a/1;fence={};mode=exclusive;sig=:", granted["locks"][0]["fence"])), "{fence}");
+    let write = |owner: &str| {
+        let fields = [(":method", "PUT"), (":path", "/store/1"), ("lock-owner", owner), ("lock-fence", fence)];
+        proxy.request(1, &fields)
+    };
+    assert!(proxy.is_upstream(write("nightly-report")));
+    assert_eq!(proxy.ended(write("another")).refused(), Some(428));
+}
+
+#[test]
 fn of_several_fences_for_a_lock_the_latest_is_judged_and_passed_on() {
     let proxy = world(&resource());
     let (first, second) = (past(&proxy, "one", "a/1"), past(&proxy, "one", "a/1"));
