@@ -126,6 +126,7 @@ fn a_lease_that_is_given_back_again_stays_over_for_as_long_again() {
     authority.advance(LINGER - ms(100));
     assert_eq!(authority.delete(0, 1), Deleted::Released);
     authority.advance(LINGER - ms(100));
+    authority.sweep();
     assert!(
         matches!(authority.put(0, &asked(1, "a", "l")), Answer::Over(End::Released)),
         "it was on its way all the time"
@@ -274,6 +275,21 @@ fn a_receipt_is_worth_nothing_once_the_grace_is_over() {
     drop(granted(authority.put(0, &asked(2, "b", "l"))));
     assert_eq!(authority.renew(0, 1, Some(&first.receipt)), Renewed::Lost);
     assert!(matches!(authority.reassert(0, &asked(1, "a", "l"), &first.receipt), Answer::Over(End::Expired)));
+}
+
+#[test]
+fn a_receipt_is_good_for_its_own_lease_and_locks_alone() {
+    let mut authority = Authority::new(1);
+    let first = granted(authority.put(0, &asked(1, "a", "l")));
+    let other = granted(authority.put(0, &asked(2, "a", "m")));
+    authority.restart(ms(0));
+    assert_eq!(authority.renew(0, 1, Some(&other.receipt)), Renewed::Lost);
+    assert!(matches!(authority.reassert(0, &asked(1, "a", "m"), &other.receipt), Answer::Taken), "another lease's");
+    assert!(matches!(authority.reassert(0, &asked(1, "a", "k"), &first.receipt), Answer::Taken), "for another lock");
+    assert!(matches!(authority.reassert(0, &asked(1, "b", "l"), &first.receipt), Answer::Taken), "another owner's");
+    assert_eq!(authority.sweep().1, 0);
+    let back = authority.reassert(0, &asked(1, "a", "l"), &first.receipt);
+    assert!(matches!(back, Answer::Granted { new: false, .. }));
 }
 
 #[test]

@@ -316,3 +316,134 @@ fn a_hold_that_is_shorter_than_its_ttl_ends_first() {
     assert!(!proxy.holds());
     assert!(proxy.take().contains(&Do::Lost { ticket: TICKET, loss: Loss::HoldLimit }));
 }
+
+/// Each pause is twice the one before, up to a second; nothing is sent before it is over.
+const PAUSES: [u64; 8] = [50, 100, 200, 400, 800, 1000, 1000, 1000];
+
+#[test]
+fn renewals_that_fail_pause_twice_as_long_each_time_up_to_a_second() {
+    let mut proxy = Proxy::holding(ms(30_000), ms(60_000));
+    proxy.advance(ms(10_000));
+    let mut call = proxy.renewal();
+    for (at, pause) in PAUSES.into_iter().enumerate() {
+        // An answer that says nothing of the lease is as good as none.
+        if at % 2 == 0 {
+            proxy.client.failed(proxy.now, call, 9, None);
+        } else {
+            proxy.client.renewed(proxy.now, call, &[]);
+        }
+        proxy.advance(ms(pause - 1));
+        assert_eq!(proxy.take(), [], "after failure {at}");
+        proxy.advance(ms(1));
+        call = proxy.renewal();
+    }
+    // One that succeeds starts over: at a third of its life, and with the shortest pause.
+    proxy.client.renewed(proxy.now, call, &[(LEASE, Some(ms(3000)))]);
+    proxy.advance(ms(999));
+    assert_eq!(proxy.take(), []);
+    proxy.advance(ms(1));
+    let call = proxy.renewal();
+    proxy.client.failed(proxy.now, call, 9, None);
+    proxy.advance(ms(50));
+    let _ = proxy.renewal();
+}
+
+#[test]
+fn releases_that_fail_pause_twice_as_long_each_time_up_to_a_second() {
+    let mut proxy = Proxy::holding(ms(30_000), ms(60_000));
+    proxy.client.release(proxy.now, LEASE);
+    for pause in PAUSES {
+        let call = proxy.delete();
+        assert!(!proxy.client.is_idle(), "it is yet to be given back");
+        proxy.client.failed(proxy.now, call, 9, None);
+        proxy.advance(ms(pause - 1));
+        assert_eq!(proxy.take(), []);
+        proxy.advance(ms(1));
+    }
+}
+
+#[test]
+fn requests_that_fail_pause_twice_as_long_each_time_up_to_a_second_or_as_long_as_they_are_told() {
+    let mut proxy = Proxy::new();
+    let mut call = proxy.ask(ms(30_000), ms(3000), ms(60_000));
+    assert!(!proxy.client.is_idle());
+    for (pause, told) in
+        PAUSES.into_iter().map(|pause| (pause, None)).chain([(1500, Some(ms(1500))), (1000, Some(ms(1)))])
+    {
+        proxy.client.failed(proxy.now, call, 9, told);
+        proxy.advance(ms(pause - 1));
+        assert_eq!(proxy.take(), []);
+        proxy.advance(ms(1));
+        let [Do::Put { call: next, lease: LEASE, .. }] = proxy.take()[..] else { panic!() };
+        // What is said of a call that was given up means nothing.
+        proxy.client.failed(proxy.now, call, 9, None);
+        proxy.client.failed(proxy.now, CallId(999), 9, None);
+        assert_eq!(proxy.take(), []);
+        call = next;
+    }
+    proxy.answer(call, ms(3000), ms(0));
+    assert_eq!(proxy.take(), [Do::Granted { ticket: TICKET, lease: LEASE, grant: 5 }]);
+}
+
+#[test]
+fn a_pause_that_ends_at_the_deadline_is_too_long() {
+    let mut proxy = Proxy::new();
+    let call = proxy.ask(ms(500), ms(3000), ms(60_000));
+    proxy.client.failed(proxy.now, call, 9, Some(ms(500)));
+    assert!(matches!(proxy.take()[..], [Do::Refused { why: 9, .. }, Do::Delete { .. }]));
+}
+
+#[test]
+fn a_lease_that_ends_as_it_is_told_of_is_asked_for_again_before_the_deadline_and_lost_at_it() {
+    for (deadline, again) in [(1001, true), (1000, false)] {
+        let mut proxy = Proxy::new();
+        let call = proxy.ask(ms(deadline), ms(1000), ms(60_000));
+        proxy.now = proxy.now + ms(1000);
+        proxy.answer(call, ms(1000), ms(0));
+        let told = proxy.take();
+        assert_eq!(matches!(told[..], [Do::Put { .. }]), again, "{told:?}");
+        assert_eq!(matches!(told[..], [Do::Lost { .. }, Do::Delete { .. }]), !again, "{told:?}");
+    }
+}
+
+#[test]
+fn a_request_goes_by_five_names_at_the_most() {
+    let mut proxy = Proxy::new();
+    let mut call = proxy.ask(ms(500), ms(3000), ms(60_000));
+    for fresh in 90..94 {
+        proxy.client.answered(proxy.now, call, PutAnswer::Over { fresh: LeaseId(fresh), why: 9 });
+        let Some(Do::Put { call: next, lease, .. }) = proxy.take().pop() else { panic!() };
+        assert_eq!(lease, LeaseId(fresh));
+        call = next;
+    }
+    proxy.client.answered(proxy.now, call, PutAnswer::Over { fresh: LeaseId(94), why: 9 });
+    assert_eq!(proxy.take(), [Do::Refused { ticket: TICKET, why: 9 }]);
+}
+
+#[test]
+fn what_is_under_way_is_not_sent_again_by_a_tick_that_comes_early() {
+    let mut proxy = Proxy::holding(ms(3000), ms(60_000));
+    proxy.client.tick(proxy.now);
+    assert_eq!(proxy.take(), [], "nothing is due");
+    proxy.client.release(proxy.now, LEASE);
+    let call = proxy.delete();
+    proxy.client.tick(proxy.now);
+    assert_eq!(proxy.take(), [], "it is under way");
+    proxy.client.failed(proxy.now, call, 9, None);
+    proxy.now = proxy.now + ms(49);
+    proxy.client.tick(proxy.now);
+    assert_eq!(proxy.take(), [], "it pauses");
+}
+
+#[test]
+fn what_was_asked_for_and_given_up_is_given_back_for_as_long_as_it_may_be_granted() {
+    let mut proxy = Proxy::new();
+    let _ = proxy.ask(ms(500), ms(3000), ms(60_000));
+    proxy.client.release(proxy.now, LEASE);
+    let _ = proxy.delete();
+    // The call that asks can come to the authority until its timeout, and what it is granted lives for its TTL from there.
+    proxy.advance(ms(500 + 250 + 3000 - 1));
+    assert!(!proxy.client.is_idle());
+    proxy.advance(ms(1));
+    assert!(proxy.client.is_idle());
+}

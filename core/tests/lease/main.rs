@@ -1,7 +1,8 @@
 //! The lease protocol: both state machines, message by message, on a virtual clock.
 //!
 //! `authority` drives the authority's workers over one store; `client` a proxy without any authority. The two together,
-//! over a network that does its worst, are the simulator's. `races` lets one worker act in the middle of another's step.
+//! over a network that does its worst, are the simulator's. `races` lets one worker act in the middle of another's step;
+//! `watchers` are several requests for one lease.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 mod authority;
@@ -9,6 +10,7 @@ mod client;
 mod races;
 #[path = "../common/store.rs"]
 mod store;
+mod watchers;
 
 use interlock_core::lease::{self, Answer, Deleted, Granted, Parked, Receipt, Renewed};
 use interlock_core::store::{OwnerBucket, Store};
