@@ -137,6 +137,19 @@ fn a_lease_that_is_given_back_again_stays_over_for_as_long_again() {
 }
 
 #[test]
+fn of_many_leases_that_are_over_the_latest_are_remembered() {
+    let mut authority = Authority::new(1);
+    let buckets = usize::try_from(authority.store.buckets()).unwrap();
+    let many = 400 * u128::try_from(buckets).unwrap();
+    for lease in 1..=many {
+        assert_eq!(authority.delete(0, lease), Deleted::Unknown);
+    }
+    assert_eq!(authority.sweep().2, 256 * buckets);
+    assert!(matches!(authority.put(0, &asked(many, "a", "l")), Answer::Over(End::Cancelled)));
+    drop(granted(authority.put(0, &asked(1, "a", "l"))));
+}
+
+#[test]
 fn a_waiter_can_be_cancelled_from_another_worker() {
     let mut authority = Authority::new(2);
     drop(granted(authority.put(0, &asked(1, "a", "l"))));
@@ -251,6 +264,7 @@ fn a_restart_loses_no_lease_that_is_renewed_and_grants_nothing_twice() {
     authority.restart(ms(500));
     let renewed = authority.renew(1, 1, Some(&first.receipt));
     assert_eq!(renewed, Renewed::Renewed { expires_in: ms(5000) });
+    assert_eq!(authority.listed(), ["a"], "the order rule and the limits know of it");
     let again = authority.get(1).unwrap();
     let fences = |granted: &Granted| granted.grants.iter().map(|grant| grant.fence).collect::<Vec<_>>();
     assert_eq!(fences(&again), fences(&first));
