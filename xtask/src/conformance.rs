@@ -26,8 +26,9 @@ pub struct ConformanceArgs {
 const CORE: [&str; 5] = ["test", "--package", "interlock-core", "--test", "conformance"];
 /// The tests that run them as requests, and through the lease API.
 const WIRE: [&str; 8] = ["test", "--package", "interlock", "--test", "envoy", "--", "wire::", "leased::"];
-/// How many targets leave a report: the core on two layouts, the wire, the lease API.
-const TARGETS: usize = 4;
+/// How many targets leave a report: the core on two layouts, the wire to a proxy with the locks and to one that asks for them,
+/// the lease API.
+const TARGETS: usize = 5;
 
 pub fn run(args: &ConformanceArgs) -> Result<()> {
     let reports = Reports::new()?;
