@@ -140,7 +140,7 @@ fn a_lease_that_is_given_back_again_stays_over_for_as_long_again() {
 fn of_many_leases_that_are_over_the_latest_are_remembered() {
     let mut authority = Authority::new(1);
     let buckets = usize::try_from(authority.store.buckets()).unwrap();
-    let many = 400 * u128::try_from(buckets).unwrap();
+    let many = 800 * u128::try_from(buckets).unwrap();
     for lease in 1..=many {
         assert_eq!(authority.delete(0, lease), Deleted::Unknown);
     }
