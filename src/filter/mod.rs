@@ -4,6 +4,7 @@
 //! in the same VM, and requests of the old one go on. HTTP contexts hold nothing but their id. Host calls go through
 //! [`Host`]; who gets a lock is decided below, in the backend and the core.
 
+mod ask;
 mod calls;
 pub mod fences;
 mod guard;
@@ -18,18 +19,16 @@ mod upkeep;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::rc::Rc;
-use std::sync::Arc;
 
-use interlock_core::{Cause, Duration, LeaseId, Loss, OwnerId, Refusal, Request, Rules, StoreError, Time, Want, bug};
+use interlock_core::{Cause, Duration, LeaseId, Loss, OwnerId, Refusal, Rules, Time, bug};
 
 use crate::answer::Reject;
 use crate::answer::headers::FenceMember;
-use crate::backend::authority::Wish;
 use crate::backend::authority::shares::Shares;
 use crate::backend::seen::Seen;
 use crate::backend::{Backends, Outcome, Purpose, Waiting};
 use crate::host::{CallToken, ContextId, Headers, Host, HostError};
-use crate::policy::{self, Backend, HeaderAnnotations, OnUnavailable, Policy, Reentrancy};
+use crate::policy::{Backend, HeaderAnnotations, OnUnavailable, Policy};
 use crate::telemetry::Telemetry;
 use calls::Call;
 use guard::Passage;
@@ -387,62 +386,6 @@ impl Runtime {
             self.active.telemetry.retire(host);
         }
         idle
-    }
-
-    /// Asks for the locks of a stream, from its own callback.
-    fn ask(&mut self, host: &dyn Host, id: ContextId, case: &Case, owner: OwnerId, wants: Vec<Want>) -> Outcome {
-        let first = wants.first().map(|want| (want.name.clone(), want.mode));
-        let asked = match &case.active.policy.backend {
-            Backend::Local => self.ask_local(host, case, owner.clone(), wants),
-            Backend::Authority(at) => self.ask_authority(host, id, case, at, owner.clone(), wants),
-        };
-        asked.unwrap_or_else(|detail| {
-            Outcome::Refused(Box::new(match first {
-                Some((lock, mode)) => Reject::Core(Refusal { lock, mode, owner, cause: Cause::Backend { detail } }),
-                None => Reject::Malformed { detail: String::from("it names no lock") },
-            }))
-        })
-    }
-
-    fn ask_local(&mut self, host: &dyn Host, case: &Case, owner: OwnerId, wants: Vec<Want>) -> Result<Outcome, String> {
-        let (purpose, rules) = (case.purpose(), &case.active.rules);
-        let reentrancy = case.active.policy.reentrancy;
-        self.beat(host, purpose);
-        let asked = host.now();
-        let outcome = match self.backends.local(purpose) {
-            Some(local) => local.new_lease().and_then(|lease| {
-                let owner = match reentrancy {
-                    Reentrancy::Lease => fences::branch(host, local, rules, &owner, lease, &case.carried)?,
-                    Reentrancy::Owner | Reentrancy::None => owner,
-                };
-                let request = Request::new(lease, owner, case.arrived, wants, &rules.classes)
-                    .reentrant(reentrancy != Reentrancy::None)
-                    .asked_by(case.terms.asked_by.clone());
-                Ok(local.acquire(host, rules, request).into())
-            }),
-            None => Err(StoreError::Failed(String::from("the table is not open"))),
-        };
-        case.active.telemetry.backend(host, host.now().since(asked));
-        self.deliver(host, purpose);
-        outcome.map_err(|error| error.to_string())
-    }
-
-    fn ask_authority(
-        &mut self,
-        host: &dyn Host,
-        id: ContextId,
-        case: &Case,
-        at: &Arc<policy::Authority>,
-        owner: OwnerId,
-        wants: Vec<Want>,
-    ) -> Result<Outcome, String> {
-        let instance = &case.active.policy.instance;
-        let authority =
-            self.backends.authority(host, instance, at, case.purpose()).map_err(|error| error.to_string())?;
-        let wish = Wish { owner, wants, asked_by: case.terms.asked_by.clone(), arrived: case.arrived };
-        let waiting = authority.ask(host, id, wish).map_err(|error| error.to_string())?;
-        // It may be refused already, where the host cannot call.
-        Ok(authority.poll(host, waiting))
     }
 
     /// Takes in what was decided about a stream that waited so long, and says what has to become of its request.
