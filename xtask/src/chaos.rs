@@ -55,7 +55,7 @@ pub struct ChaosArgs {
     #[arg(long)]
     seed: Option<u64>,
     /// How many sidecars
-    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=4))]
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(0..=4))]
     sidecars: u8,
     /// How many callers, of each kind, ask at a time
     #[arg(long, default_value_t = 24, value_parser = clap::value_parser!(u32).range(1..=200))]
@@ -224,7 +224,12 @@ async fn left(world: &World, client: &Client) -> Result<Vec<String>> {
     left.extend(locks["locks"].as_array().into_iter().flatten().map(|lock| format!("a lock is left: {lock}")));
     for node in world.sidecars.iter().chain([&world.authority]) {
         let stats = node.stats().await?;
+        let sidecar = !Arc::ptr_eq(node, &world.authority);
         for gauge in ["interlock_held", "interlock_waiting", "interlock_table_locks", "interlock_table_owners"] {
+            // What a VM of a sidecar had added when it trapped nobody takes away again: docs/authority.md.
+            if sidecar && node.has_trapped() {
+                continue;
+            }
             let value = watch::sum(&stats, gauge);
             if value != 0 {
                 left.push(format!("{gauge} of {} is {value}, and nothing is under way", node.name));
