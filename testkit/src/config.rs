@@ -25,6 +25,7 @@ pub struct EnvoyConfig {
     pub(crate) concurrency: u32,
     pub(crate) log_levels: String,
     pub(crate) args: Vec<String>,
+    pub(crate) env: Vec<(String, String)>,
     pub(crate) listener_from_file: bool,
 }
 
@@ -93,6 +94,7 @@ impl EnvoyConfig {
             concurrency: 2,
             log_levels: "wasm:info".to_owned(),
             args: Vec::new(),
+            env: Vec::new(),
             listener_from_file: false,
         }
     }
@@ -117,6 +119,12 @@ impl EnvoyConfig {
     /// One more argument for Envoy.
     pub fn arg(mut self, arg: &str) -> Self {
         self.args.push(arg.to_owned());
+        self
+    }
+
+    /// A variable of Envoy's environment: a secret that the bootstrap names.
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.env.push((name.to_owned(), value.to_owned()));
         self
     }
 

@@ -75,6 +75,7 @@ impl Envoy {
             .args(["--file-flush-interval-msec", "20"])
             .args(["--log-level", "warning", "--component-log-level", &config.log_levels])
             .args(&config.args)
+            .envs(config.env.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             // Never a pipe: a full one would stop Envoy.
             .stdout(log.try_clone()?)

@@ -8,7 +8,7 @@
 mod app;
 mod book;
 mod faults;
-mod gate;
+pub mod gate;
 mod plan;
 mod through;
 mod waits;

@@ -3,6 +3,7 @@
 
 mod bank;
 mod cast;
+mod mesh;
 mod screen;
 mod tally;
 
@@ -10,7 +11,7 @@ use std::time::Duration;
 
 use ::bank::client::{Outcome, Retry};
 use anyhow::{Context, Result, bail};
-use clap::Args;
+use clap::{Args, Subcommand};
 use interlock_testkit::{EnvoyConfig, tools};
 use serde_json::json;
 
@@ -49,7 +50,10 @@ impl Act {
 }
 
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct DemoArgs {
+    #[command(subcommand)]
+    scene: Option<Scene>,
     /// How often every account pays every other one; all transfers start at once
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=8))]
     rounds: u8,
@@ -58,17 +62,35 @@ pub struct DemoArgs {
     no_build: bool,
 }
 
+#[derive(Debug, Subcommand)]
+enum Scene {
+    /// Four services with a sidecar each and an authority: a deadlock across all four, an authority that is killed, and a
+    /// writer that comes too late
+    Mesh {
+        /// Use the plugin that is there instead of building it
+        #[arg(long)]
+        no_build: bool,
+    },
+}
+
 /// Builds the plugin and plays the three acts.
 ///
 /// # Errors
 /// When something could not be built or started, or an act did not go as it must.
 pub fn run(args: DemoArgs) -> Result<()> {
-    if !args.no_build && std::env::var_os("INTERLOCK_WASM").is_none() {
+    let no_build = match args.scene {
+        Some(Scene::Mesh { no_build }) => no_build,
+        None => args.no_build,
+    };
+    if !no_build && std::env::var_os("INTERLOCK_WASM").is_none() {
         wasm::shipped()?;
     }
     // Before the curtain: the first time this may download an Envoy.
     println!("Envoy: {}", tools::envoy()?.display());
-    play(usize::from(args.rounds))
+    match args.scene {
+        Some(Scene::Mesh { .. }) => mesh::play(),
+        None => play(usize::from(args.rounds)),
+    }
 }
 
 fn play(rounds: usize) -> Result<()> {

@@ -14,9 +14,9 @@ use super::tally::Tally;
 const WIDTH: usize = 108;
 const BOLD: &str = "1";
 const DIM: &str = "2";
-const RED: &str = "31";
-const GREEN: &str = "32";
-const YELLOW: &str = "33";
+pub const RED: &str = "31";
+pub const GREEN: &str = "32";
+pub const YELLOW: &str = "33";
 const CYAN: &str = "36";
 
 /// Standard output.
@@ -104,6 +104,19 @@ impl Screen {
         let at = self.paint(DIM, &format!("{:>8.3}s", at.as_secs_f64()));
         let verb = self.paint(colour, &format!("{verb:<9}"));
         println!("{at}  {} {}→{}  {verb}  {text}", job.id, job.transfer.from, job.transfer.to);
+    }
+
+    /// Somebody did something, or something was done to it.
+    pub fn event(&self, at: Duration, who: &str, colour: &str, verb: &str, text: &str) {
+        let at = self.paint(DIM, &format!("{:>8.3}s", at.as_secs_f64()));
+        println!("{at}  {who:<10} {}  {text}", self.paint(colour, &format!("{verb:<9}")));
+    }
+
+    /// A body as it came, on many lines where it is JSON.
+    pub fn whole(&self, body: &str) {
+        for line in pretty(body).as_deref().unwrap_or(body).lines() {
+            println!("{}{}", " ".repeat(12), self.paint(CYAN, line));
+        }
     }
 
     /// The books after an act.

@@ -1,0 +1,337 @@
+//! The three acts. Each gives back what did not go as it must.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use bank::client::trace_id;
+use interlock_testkit::client::{Ask, Pending};
+use interlock_testkit::{Answer, Client};
+
+use super::services::{News, What};
+use super::stage::{MAX_TTL, PATIENCE, Stage};
+use crate::demo::screen::{GREEN, RED, Screen, YELLOW};
+use crate::soak::answer;
+
+/// How soon a deadlock is to be refused. It takes milliseconds; the rest is for machines with other things to do.
+const SOON: Duration = Duration::from_secs(1);
+/// What is done beside a killed authority's restart, and how many do it at a time.
+const LOAD: Duration = Duration::from_secs(3);
+const CLIENTS: usize = 8;
+
+/// One transaction: a name for people, and the trace that makes all its requests one owner.
+struct Transaction {
+    name: String,
+    trace: String,
+}
+
+impl Transaction {
+    fn new(name: impl Into<String>) -> Self {
+        Transaction { name: name.into(), trace: trace_id() }
+    }
+
+    fn post(&self, stage: &Stage, service: &str, path: &str) -> Ask {
+        let ask = Client::http1_fresh().post(stage.url(service, path)).timeout(PATIENCE);
+        ask.header("traceparent", format!("00-{}-00000000000000aa-01", self.trace))
+            .header("x-sent", stage.services.now())
+    }
+}
+
+/// Waits until something is told that `wanted` recognizes; shows all that is told meanwhile.
+async fn until(stage: &mut Stage, show: impl Fn(&News), wanted: impl Fn(&News) -> bool) -> Result<News> {
+    loop {
+        let news = tokio::time::timeout(PATIENCE, stage.news.recv()).await.context("nothing happens any more")?;
+        let news = news.context("nobody is left")?;
+        show(&news);
+        if wanted(&news) {
+            return Ok(news);
+        }
+    }
+}
+
+fn slug(answer: &Answer) -> String {
+    let problem = serde_json::from_slice::<serde_json::Value>(&answer.body).unwrap_or_default();
+    problem["type"].as_str().unwrap_or_default().replace("urn:interlock:problem:", "")
+}
+
+/// Act 1: four transactions, each of which holds what the one before it wants.
+pub async fn cycle(screen: &Screen, stage: &mut Stage) -> Result<Vec<String>> {
+    screen.act(
+        "Act 1: a cycle across four services",
+        &[
+            "Four transactions, one in each service. Each holds what its service locks, and calls the next service, where the",
+            "next transaction holds what it wants. No service sees more than one step of this; the authority sees all of it:",
+        ],
+    );
+    let plan = [
+        ("orders", "/orders/42", "POST stock /stock/7"),
+        ("stock", "/stock/7", "POST payments /accounts/ann"),
+        ("payments", "/accounts/ann", "POST shipping /parcels/9"),
+        ("shipping", "/parcels/9", "POST orders /orders/42"),
+    ];
+    let all = (1..=4).map(|n| Transaction::new(format!("T{n}"))).collect::<Vec<_>>();
+    let start = Instant::now();
+    let ask = |(t, (service, path, next)): (&Transaction, &(&str, &str, &str))| {
+        t.post(stage, service, path).header("x-meet", "").header("x-next", next).spawn()
+    };
+    let pending = all.iter().zip(&plan).map(ask).collect::<Vec<Pending>>();
+    let who = |trace: &str| all.iter().find(|t| t.trace == trace).map_or_else(|| trace.to_owned(), |t| t.name.clone());
+    let show = |news: &News| tell(screen, start, news, &who);
+
+    let mut failures = Vec::new();
+    let mut asked = start;
+    let refusal = loop {
+        let news = until(stage, show, |news| !matches!(news.what, What::Came(..))).await?;
+        match news.what {
+            What::Calls(_) => asked = news.at,
+            What::Answered { answer: Some(answer), .. } if slug(&answer) == "deadlock" => {
+                break (news.at - asked, answer, news.trace);
+            }
+            What::Answered { call, answer } => {
+                let status = answer.map(|answer| answer.status);
+                failures.push(format!("{call} was answered {status:?} before any deadlock was refused"));
+                return Ok(failures);
+            }
+            What::Came(..) => {}
+        }
+    };
+    let (took, answer, victim) = refusal;
+    let edges =
+        serde_json::from_slice(&answer.body).ok().and_then(|problem| answer::edges(&problem)).unwrap_or_default();
+    let chain = edges.iter().map(|(_, lock, by)| format!(" ─{lock}→ {}", who(by))).collect::<String>();
+    println!();
+    println!("   refused {} ms after the last of them asked, with the whole chain:", took.as_millis());
+    println!("   {}{chain}", edges.first().map(|(owner, ..)| who(owner)).unwrap_or_default());
+    screen.whole(&answer.text());
+    println!();
+    let mut check = |holds: bool, otherwise: &str| {
+        if !holds {
+            failures.push(otherwise.to_owned());
+        }
+    };
+    let mut locks = edges.iter().map(|(_, lock, _)| lock.as_str()).collect::<Vec<_>>();
+    locks.sort_unstable();
+    check(locks == ["account/ann", "order/42", "parcel/9", "stock/7"], "the cycle does not go through all four locks");
+    check(took < SOON, "the deadlock was not refused at once");
+    // The victim has given back what it held: the others go on, and so does it when it tries again.
+    let mut served = 0;
+    for (transaction, pending) in all.iter().zip(pending) {
+        let answer = pending.answer().await?;
+        served += usize::from(answer.status == 200);
+        check(answer.status == 200 || slug(&answer) == "deadlock", "a transaction failed for another reason");
+        let (colour, verb) = if answer.status == 200 { (GREEN, "completed") } else { (RED, "refused") };
+        screen.event(start.elapsed(), &transaction.name, colour, verb, &format!("{} {}", answer.status, slug(&answer)));
+    }
+    check(served == 3, "not three of the four completed at the first try");
+    let (again, (service, path, next)) =
+        all.iter().zip(&plan).find(|(t, _)| t.trace == victim).context("a victim that is nobody")?;
+    let answer = again.post(stage, service, path).header("x-next", next).send().await?;
+    let text = format!("{} at the second try", answer.status);
+    screen.event(start.elapsed(), &again.name, GREEN, "completed", &text);
+    check(answer.status == 200, "the victim did not complete when it tried again");
+    Ok(failures)
+}
+
+/// Shows what a service tells.
+fn tell(screen: &Screen, start: Instant, news: &News, who: &impl Fn(&str) -> String) {
+    let (at, name) = (news.at - start, who(&news.trace));
+    match &news.what {
+        What::Came(call, grants) => {
+            let grants = grants.iter().map(|g| format!("{} under fence {}", g.lock, g.fence)).collect::<Vec<_>>();
+            let text = format!("{} serves {call}, with {}", news.service, grants.join(" and "));
+            screen.event(at, &name, GREEN, "holds", &text);
+        }
+        What::Calls(call) => screen.event(at, &name, YELLOW, "asks", &format!("{} calls {call}", news.service)),
+        What::Answered { call, answer: Some(answer) } => {
+            let colour = if answer.status == 200 { GREEN } else { RED };
+            screen.event(at, &name, colour, "answered", &format!("{call}: {} {}", answer.status, slug(answer)));
+        }
+        What::Answered { call, answer: None } => screen.event(at, &name, RED, "answered", &format!("{call}: nothing")),
+    }
+}
+
+/// What the clients of act 2 saw.
+#[derive(Default)]
+struct Seen {
+    served: usize,
+    lost: usize,
+    deadlocks: usize,
+    failed: Vec<String>,
+    /// When each served request had been asked for and was granted its lock.
+    granted: Vec<(Instant, Instant)>,
+}
+
+/// Act 2: the authority is killed while everybody works.
+pub async fn restart(screen: &Screen, stage: &mut Stage) -> Result<Vec<String>> {
+    screen.act(
+        "Act 2: the authority is killed and restarted",
+        &[
+            "Eight clients work in all services, and one transaction holds its lock through all of it. The authority is killed",
+            "with -9; another process takes its place and knows nothing. Sidecars renew what they hold, with the receipts that",
+            "they were given:",
+        ],
+    );
+    let start = Instant::now();
+    let (before_cut, before_stopped) = (stage.services.gate().tally.cut, stage.services.gate().tally.stopped);
+    let long = Transaction::new("long");
+    let holds = LOAD * 2 + MAX_TTL;
+    let long = long.post(stage, "shipping", "/parcels/long").header("x-work", holds.as_millis().to_string()).spawn();
+    let stop = tokio::sync::watch::Sender::new(false);
+    let mut clients = tokio::task::JoinSet::new();
+    for number in 0..CLIENTS {
+        let urls = ["orders /orders", "stock /stock", "payments /accounts", "shipping /parcels"].map(|place| {
+            let (service, path) = place.split_once(' ').unwrap_or_default();
+            stage.url(service, path)
+        });
+        clients.spawn(work(number, urls, std::sync::Arc::clone(&stage.services), stop.subscribe()));
+    }
+    tokio::time::sleep(LOAD).await;
+    let killed = Instant::now();
+    stage.kill_authority().await?;
+    screen.event(start.elapsed(), "authority", RED, "killed", "kill -9, under load");
+    stage.revive_authority().await?;
+    let back = Instant::now();
+    let text = format!("as another process, {} ms later; it grants nothing yet", (back - killed).as_millis());
+    screen.event(start.elapsed(), "authority", YELLOW, "is back", &text);
+    stage.until_granting().await?;
+    screen.event(start.elapsed(), "authority", GREEN, "grants", "again: what lived has been renewed, or is over");
+    tokio::time::sleep(LOAD).await;
+    stop.send_replace(true);
+    let mut seen = Seen::default();
+    while let Some(done) = clients.join_next().await {
+        let one = done?;
+        seen.served += one.served;
+        seen.lost += one.lost;
+        seen.deadlocks += one.deadlocks;
+        seen.failed.extend(one.failed);
+        seen.granted.extend(one.granted);
+    }
+    let long = long.answer().await?;
+    // What the services told meanwhile is in the sums.
+    while stage.news.try_recv().is_ok() {}
+    let first = seen.granted.iter().map(|(_, granted)| *granted).filter(|granted| *granted > killed).min();
+    let first = first.context("nothing was granted after the restart")?;
+    let parked = seen.granted.iter().filter(|(asked, granted)| *asked < back && *granted > back).count();
+    let (cut, stopped, violations) = {
+        let gate = stage.services.gate();
+        (gate.tally.cut - before_cut, gate.tally.stopped - before_stopped, gate.violations.first.clone())
+    };
+    println!();
+    println!("   {} requests were served, {parked} of them had waited since before the restart", seen.served);
+    println!("   {} leases were lost, {} sections overlapped, {stopped} writes came with an old fence", seen.lost, cut);
+    println!(
+        "   the first grant came {} ms after the kill, {} ms after the authority was back",
+        (first - killed).as_millis(),
+        first.saturating_duration_since(back).as_millis()
+    );
+    println!("   the long transaction, {} s: {}\n", holds.as_secs(), long.status);
+    let mut failures = seen.failed;
+    failures.extend(violations);
+    let mut check = |holds: bool, otherwise: String| {
+        if !holds {
+            failures.push(otherwise);
+        }
+    };
+    check(long.status == 200, format!("the long transaction was answered {} {}", long.status, slug(&long)));
+    check(seen.lost == 0, format!("{} leases were lost", seen.lost));
+    check(cut == 0 && stopped == 0, format!("something was granted twice: {cut} overlaps, {stopped} writes stopped"));
+    let took = first.saturating_duration_since(back);
+    check(took < MAX_TTL + SOON * 2, format!("it granted nothing for {took:?}"));
+    let rest = stage.locks().await?;
+    check(rest["locks"].as_array().is_some_and(Vec::is_empty), format!("locks are left: {rest}"));
+    Ok(failures)
+}
+
+/// A client: one transaction after the other, each at some service.
+async fn work(
+    number: usize,
+    urls: [String; 4],
+    services: std::sync::Arc<super::services::Services>,
+    stop: tokio::sync::watch::Receiver<bool>,
+) -> Seen {
+    let mut seen = Seen::default();
+    let mut turn = number;
+    while !*stop.borrow() {
+        turn += 1;
+        let asked = Instant::now();
+        let ask = Client::http1_fresh().post(format!("{}/{}", urls[turn % 4], turn % 3)).timeout(PATIENCE);
+        let ask = ask.header("traceparent", format!("00-{}-00000000000000aa-01", trace_id()));
+        let answer = ask.header("x-sent", services.now()).header("x-work", "20").send().await;
+        match answer {
+            Ok(answer) if answer.status == 200 => {
+                seen.served += 1;
+                let waited = match answer::lock_fence(&answer.joined("lock-fence")) {
+                    Ok(_) => answer.header("server-timing").and_then(|t| t.split("dur=").nth(1)?.parse::<f64>().ok()),
+                    Err(_) => None,
+                };
+                seen.granted.push((asked, asked + Duration::from_secs_f64(waited.unwrap_or(0.0) / 1000.0)));
+            }
+            Ok(answer) if slug(&answer) == "lease-lost" => seen.lost += 1,
+            Ok(answer) if slug(&answer) == "deadlock" => seen.deadlocks += 1,
+            Ok(answer) => seen.failed.push(format!("{} {}", answer.status, answer.text())),
+            Err(error) => seen.failed.push(format!("{error:#}")),
+        }
+    }
+    seen
+}
+
+/// Act 3: a writer that slept past the end of its lease.
+pub async fn stale(screen: &Screen, stage: &mut Stage) -> Result<Vec<String>> {
+    screen.act(
+        "Act 3: a writer that comes too late",
+        &[
+            "T1 holds order/42, and its whole sidecar is stopped (SIGSTOP) with the write of T1 in it. The lease is not renewed",
+            "and ends; T2 gets the lock and writes. Then the sidecar goes on, and the old write arrives at the guard:",
+        ],
+    );
+    let (late, next) = (Transaction::new("T1"), Transaction::new("T2"));
+    let names = [(late.trace.clone(), "T1"), (next.trace.clone(), "T2")];
+    let who = move |trace: &str| names.iter().find(|(t, _)| t == trace).map_or(trace, |(_, name)| name).to_owned();
+    let start = Instant::now();
+    let show = |news: &News| tell(screen, start, news, &who);
+    let write = "PUT stock /reservations/42";
+    let pending = late.post(stage, "orders", "/orders/42").header("x-hold", "").header("x-next", write).spawn();
+    let came = |trace: String| move |news: &News| news.trace == trace && matches!(news.what, What::Came(..));
+    until(stage, show, came(late.trace.clone())).await?;
+    stage.sidecars.get_mut("orders").context("no sidecar")?.freeze()?;
+    screen.event(
+        start.elapsed(),
+        "orders",
+        RED,
+        "stopped",
+        "SIGSTOP to the sidecar; the service behind it does not know",
+    );
+    stage.services.go();
+    let calls = |trace: String| move |news: &News| news.trace == trace && matches!(news.what, What::Calls(..));
+    until(stage, show, calls(late.trace.clone())).await?;
+    let second = next.post(stage, "payments", "/refunds/42").header("x-next", write).spawn();
+    let done = |trace: String| move |news: &News| news.trace == trace && matches!(news.what, What::Answered { .. });
+    let written = until(stage, show, done(next.trace.clone())).await?;
+    stage.sidecars.get_mut("orders").context("no sidecar")?.thaw()?;
+    screen.event(start.elapsed(), "orders", YELLOW, "goes on", "SIGCONT: the write of T1 is on its way");
+    let stopped = until(stage, show, done(late.trace.clone())).await?;
+    let (second, first) = (second.answer().await?, pending.answer().await?);
+    screen.event(start.elapsed(), "T2", GREEN, "completed", &second.status.to_string());
+    screen.event(start.elapsed(), "T1", RED, "ended", &format!("{} {}", first.status, slug(&first)));
+    println!();
+    let mut failures = Vec::new();
+    let mut check = |holds: bool, otherwise: String| {
+        if !holds {
+            failures.push(otherwise);
+        }
+    };
+    let status = |news: &News| match &news.what {
+        What::Answered { answer: Some(answer), .. } => (answer.status, slug(answer)),
+        _ => (0, String::new()),
+    };
+    if let What::Answered { answer: Some(answer), .. } = &stopped.what {
+        println!("   what the guard told it:");
+        screen.whole(&answer.text());
+        println!();
+    }
+    check(status(&written).0 == 200, format!("the second writer was answered {:?}", status(&written)));
+    let told = status(&stopped);
+    check(told == (412, "stale-fence".to_owned()), format!("the late writer was answered {told:?}"));
+    check(second.status == 200, format!("the second transaction was answered {}", second.status));
+    check(first.status >= 400, format!("the late transaction was told {}: that all is well", first.status));
+    Ok(failures)
+}
