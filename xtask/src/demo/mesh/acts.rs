@@ -17,6 +17,8 @@ const SOON: Duration = Duration::from_secs(1);
 /// What is done beside a killed authority's restart, and how many do it at a time.
 const LOAD: Duration = Duration::from_secs(3);
 const CLIENTS: usize = 8;
+/// Who is turned away tries again after so long.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// One transaction: a name for people, and the trace that makes all its requests one owner.
 struct Transaction {
@@ -154,10 +156,11 @@ fn tell(screen: &Screen, start: Instant, news: &News, who: &impl Fn(&str) -> Str
 struct Seen {
     served: usize,
     lost: usize,
-    deadlocks: usize,
+    /// Turned away since the authority could not be asked, or did not grant yet.
+    turned_away: usize,
     failed: Vec<String>,
-    /// When each served request had been asked for and was granted its lock.
-    granted: Vec<(Instant, Instant)>,
+    /// When each served request was granted its lock.
+    granted: Vec<Instant>,
 }
 
 /// Act 2: the authority is killed while everybody works.
@@ -171,7 +174,7 @@ pub async fn restart(screen: &Screen, stage: &mut Stage) -> Result<Vec<String>> 
         ],
     );
     let start = Instant::now();
-    let (before_cut, before_stopped) = (stage.services.gate().tally.cut, stage.services.gate().tally.stopped);
+    let before = stage.services.gate().tally;
     let long = Transaction::new("long");
     let holds = LOAD * 2 + MAX_TTL;
     let long = long.post(stage, "shipping", "/parcels/long").header("x-work", holds.as_millis().to_string()).spawn();
@@ -201,22 +204,25 @@ pub async fn restart(screen: &Screen, stage: &mut Stage) -> Result<Vec<String>> 
         let one = done?;
         seen.served += one.served;
         seen.lost += one.lost;
-        seen.deadlocks += one.deadlocks;
+        seen.turned_away += one.turned_away;
         seen.failed.extend(one.failed);
         seen.granted.extend(one.granted);
     }
     let long = long.answer().await?;
     // What the services told meanwhile is in the sums.
     while stage.news.try_recv().is_ok() {}
-    let first = seen.granted.iter().map(|(_, granted)| *granted).filter(|granted| *granted > killed).min();
+    // What was on its way when it was killed had been granted before.
+    let first = seen.granted.iter().copied().filter(|granted| *granted > back).min();
     let first = first.context("nothing was granted after the restart")?;
-    let parked = seen.granted.iter().filter(|(asked, granted)| *asked < back && *granted > back).count();
     let (cut, stopped, violations) = {
         let gate = stage.services.gate();
-        (gate.tally.cut - before_cut, gate.tally.stopped - before_stopped, gate.violations.first.clone())
+        (gate.tally.cut - before.cut, gate.tally.stopped - before.stopped, gate.violations.first.clone())
     };
     println!();
-    println!("   {} requests were served, {parked} of them had waited since before the restart", seen.served);
+    println!(
+        "   {} requests were served, {} turned away with 503 while nothing was granted",
+        seen.served, seen.turned_away
+    );
     println!("   {} leases were lost, {} sections overlapped, {stopped} writes came with an old fence", seen.lost, cut);
     println!(
         "   the first grant came {} ms after the kill, {} ms after the authority was back",
@@ -259,14 +265,15 @@ async fn work(
         match answer {
             Ok(answer) if answer.status == 200 => {
                 seen.served += 1;
-                let waited = match answer::lock_fence(&answer.joined("lock-fence")) {
-                    Ok(_) => answer.header("server-timing").and_then(|t| t.split("dur=").nth(1)?.parse::<f64>().ok()),
-                    Err(_) => None,
-                };
-                seen.granted.push((asked, asked + Duration::from_secs_f64(waited.unwrap_or(0.0) / 1000.0)));
+                let timing = answer.header("server-timing");
+                let waited = timing.and_then(|timing| timing.split("dur=").nth(1)?.parse::<f64>().ok());
+                seen.granted.push(asked + Duration::from_secs_f64(waited.unwrap_or(0.0) / 1000.0));
             }
             Ok(answer) if slug(&answer) == "lease-lost" => seen.lost += 1,
-            Ok(answer) if slug(&answer) == "deadlock" => seen.deadlocks += 1,
+            Ok(answer) if slug(&answer) == "backend-unavailable" => {
+                seen.turned_away += 1;
+                tokio::time::sleep(PAUSE).await;
+            }
             Ok(answer) => seen.failed.push(format!("{} {}", answer.status, answer.text())),
             Err(error) => seen.failed.push(format!("{error:#}")),
         }

@@ -15,10 +15,10 @@ use super::services::{News, Services};
 pub const SERVICES: [&str; 4] = ["orders", "stock", "payments", "shipping"];
 
 /// The longest TTL in envoy/mesh: how long a lease outlives its holder, and how long a restarted authority grants nothing.
-pub const MAX_TTL: Duration = Duration::from_secs(2);
+pub const MAX_TTL: Duration = Duration::from_secs(8);
 
 /// Nothing of the demo takes longer.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(45);
 
 /// Everything that runs. Dropping it ends all of it.
 pub struct Stage {
