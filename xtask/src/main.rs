@@ -6,6 +6,7 @@ mod demo;
 mod fuzz;
 mod lint;
 mod manifests;
+mod measure;
 mod mutants;
 mod oci;
 mod sim;
@@ -47,6 +48,8 @@ enum Task {
     Soak(soak::SoakArgs),
     /// Kill, stop, cut off and confuse an authority and its sidecars, and check what a resource sees
     Chaos(chaos::ChaosArgs),
+    /// Measure how soon an authority tells of deadlocks, hands locks over and ends leases
+    Measure(measure::MeasureArgs),
     /// Show that the tests notice bugs, each seeded one at a time
     Mutants(mutants::MutantsArgs),
     /// Fuzz what reads bytes from outside, with libFuzzer
@@ -69,6 +72,7 @@ fn main() -> ExitCode {
         Task::Sim(args) => sim::run(&args),
         Task::Soak(args) => soak::run(args),
         Task::Chaos(args) => chaos::run(args),
+        Task::Measure(args) => measure::run(&args),
         Task::Mutants(args) => mutants::run(&args),
         Task::Fuzz(args) => fuzz::run(&args),
         Task::Oci(args) => oci::run(&args),
