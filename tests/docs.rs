@@ -76,7 +76,9 @@ fn rows(page: &str, header: &str) -> Vec<Vec<String>> {
 
 #[test]
 fn every_policy_of_the_bootstraps_parses() {
-    for file in ["envoy/local.yaml", "envoy/authority.yaml", "envoy/sidecar.yaml"] {
+    let mesh = ["authority", "orders", "payments", "shipping", "stock"].map(|name| format!("envoy/mesh/{name}.yaml"));
+    let alone = ["local", "authority", "sidecar"].map(|name| format!("envoy/{name}.yaml"));
+    for file in alone.iter().chain(&mesh) {
         let bootstrap = yaml(&read(file));
         let filters = &bootstrap["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0];
         let ours = &filters["typed_config"]["http_filters"][0]["typed_config"]["config"]["configuration"]["value"];

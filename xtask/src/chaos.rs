@@ -48,6 +48,9 @@ pub struct ChaosArgs {
     /// Go on with faults until so many leases have been granted
     #[arg(long, default_value_t = 10_000)]
     grants: u64,
+    /// From one fault to the next, in milliseconds, on average
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u64).range(20..))]
+    pace: u64,
     /// Stop with the faults after so many minutes, whatever has been granted by then
     #[arg(long, default_value_t = 60)]
     minutes: u32,
@@ -174,7 +177,7 @@ async fn torment(args: &ChaosArgs, seed: u64, world: &Arc<World>, book: &Book) -
     let mut under_way: JoinSet<Result<()>> = JoinSet::new();
     let mut count = 0;
     while (count < args.faults || book.lock().numbers.grants < args.grants) && start.elapsed() < limit {
-        tokio::time::sleep(Duration::from_millis(rng.u64(100..450))).await;
+        tokio::time::sleep(Duration::from_millis(rng.u64(args.pace / 3..args.pace * 5 / 3))).await;
         let fault = Fault::draw(&mut rng, usize::from(args.sidecars));
         let free = busy.lock().unwrap_or_else(|e| e.into_inner()).insert(fault.place());
         while let Some(done) = under_way.try_join_next() {

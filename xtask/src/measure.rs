@@ -130,7 +130,7 @@ impl Bench {
     }
 
     fn put(&self, client: &Client, id: &str, owner: &str, lock: &str) -> Ask {
-        let body = json!({ "owner": owner, "locks": [{ "name": lock }], "wait": "20s", "ttl": "8s" });
+        let body = json!({ "owner": owner, "locks": [{ "name": lock }], "wait": "20s", "ttl": "10s" });
         self.lease(client, Method::PUT, &format!("leases/{id}")).body(body.to_string())
     }
 
