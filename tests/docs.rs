@@ -19,7 +19,7 @@ use interlock_core::{Cause, Fence, Limit, LockName, Loss, Mode, OwnerId, Refusal
 use serde_json::Value;
 
 /// The pages with policies in them.
-const PAGES: [&str; 7] = [
+const PAGES: [&str; 8] = [
     "docs/policy.md",
     "docs/api.md",
     "docs/authority.md",
@@ -27,6 +27,7 @@ const PAGES: [&str; 7] = [
     "docs/rollout.md",
     "README.md",
     "examples/bank/README.md",
+    "examples/mesh/README.md",
 ];
 
 fn read(file: &str) -> String {

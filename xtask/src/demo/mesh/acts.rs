@@ -55,6 +55,11 @@ fn slug(answer: &Answer) -> String {
     problem["type"].as_str().unwrap_or_default().replace("urn:interlock:problem:", "")
 }
 
+/// An answer in a few words.
+fn told(answer: &Answer) -> String {
+    format!("{} {}", answer.status, slug(answer)).trim_end().to_owned()
+}
+
 /// Act 1: four transactions, each of which holds what the one before it wants.
 pub async fn cycle(screen: &Screen, stage: &mut Stage) -> Result<Vec<String>> {
     screen.act(
@@ -121,7 +126,7 @@ pub async fn cycle(screen: &Screen, stage: &mut Stage) -> Result<Vec<String>> {
         served += usize::from(answer.status == 200);
         check(answer.status == 200 || slug(&answer) == "deadlock", "a transaction failed for another reason");
         let (colour, verb) = if answer.status == 200 { (GREEN, "completed") } else { (RED, "refused") };
-        screen.event(start.elapsed(), &transaction.name, colour, verb, &format!("{} {}", answer.status, slug(&answer)));
+        screen.event(start.elapsed(), &transaction.name, colour, verb, &told(&answer));
     }
     check(served == 3, "not three of the four completed at the first try");
     let (again, (service, path, next)) =
@@ -145,7 +150,7 @@ fn tell(screen: &Screen, start: Instant, news: &News, who: &impl Fn(&str) -> Str
         What::Calls(call) => screen.event(at, &name, YELLOW, "asks", &format!("{} calls {call}", news.service)),
         What::Answered { call, answer: Some(answer) } => {
             let colour = if answer.status == 200 { GREEN } else { RED };
-            screen.event(at, &name, colour, "answered", &format!("{call}: {} {}", answer.status, slug(answer)));
+            screen.event(at, &name, colour, "answered", &format!("{call}: {}", told(answer)));
         }
         What::Answered { call, answer: None } => screen.event(at, &name, RED, "answered", &format!("{call}: nothing")),
     }
@@ -318,7 +323,7 @@ pub async fn stale(screen: &Screen, stage: &mut Stage) -> Result<Vec<String>> {
     let stopped = until(stage, show, done(late.trace.clone())).await?;
     let (second, first) = (second.answer().await?, pending.answer().await?);
     screen.event(start.elapsed(), "T2", GREEN, "completed", &second.status.to_string());
-    screen.event(start.elapsed(), "T1", RED, "ended", &format!("{} {}", first.status, slug(&first)));
+    screen.event(start.elapsed(), "T1", RED, "ended", &told(&first));
     println!();
     let mut failures = Vec::new();
     let mut check = |holds: bool, otherwise: String| {
@@ -336,8 +341,8 @@ pub async fn stale(screen: &Screen, stage: &mut Stage) -> Result<Vec<String>> {
         println!();
     }
     check(status(&written).0 == 200, format!("the second writer was answered {:?}", status(&written)));
-    let told = status(&stopped);
-    check(told == (412, "stale-fence".to_owned()), format!("the late writer was answered {told:?}"));
+    let late = status(&stopped);
+    check(late == (412, "stale-fence".to_owned()), format!("the late writer was answered {late:?}"));
     check(second.status == 200, format!("the second transaction was answered {}", second.status));
     check(first.status >= 400, format!("the late transaction was told {}: that all is well", first.status));
     Ok(failures)
