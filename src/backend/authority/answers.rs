@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::rc::Rc;
 
 use interlock_core::lease::{CallId, PutAnswer};
-use interlock_core::{Cause, Duration, LeaseId, Loss, Time};
+use interlock_core::{Cause, Duration, LeaseId, Loss, Refusal, Time};
 
 use super::wire::{self, Reply};
 use super::{Authority, Renewal, WARM, Waiting, What, refusal, unavailable};
@@ -103,7 +103,10 @@ impl Authority {
             }
         };
         match refused {
-            Ok(Told::Refused(reject)) => self.client.answered(now, call, PutAnswer::Refused(reject)),
+            Ok(Told::Refused(reject)) => {
+                let reject = in_vain(reject, entry.wish.wait(), now.since(entry.wish.arrived));
+                self.client.answered(now, call, PutAnswer::Refused(reject));
+            }
             Ok(Told::Over) => {
                 let first = entry.wish.wants.first().map(|want| (want.name.clone(), want.mode));
                 let waiting = Waiting { authority: self.number, stream, owner: entry.wish.owner.clone(), first };
@@ -228,6 +231,17 @@ impl Authority {
             What::Delete { call } => self.fail(now, call, None, ""),
             What::Warm => {}
         }
+    }
+}
+
+/// A try for which no time was left does not wait, and is told that the lock is held. Its caller had time, and has waited in vain.
+fn in_vain(reject: Box<Reject>, wait: Duration, waited: Duration) -> Box<Reject> {
+    match *reject {
+        Reject::Core(Refusal { cause: Cause::Held { holders, retry_after }, lock, mode, owner }) if !wait.is_zero() => {
+            let cause = Cause::WaitTimeout { holders, waited, retry_after };
+            Box::new(Reject::Core(Refusal { lock, mode, owner, cause }))
+        }
+        other => Box::new(other),
     }
 }
 

@@ -173,6 +173,27 @@ fn an_answer_that_did_not_come_is_asked_for_again_and_granted_once() {
     }
 }
 
+/// A try that has no time left asks for the lock at once or not at all; its caller had time, and has waited in vain.
+#[test]
+fn a_last_try_without_time_to_wait_ends_as_a_wait_that_ran_out() {
+    let link = pair();
+    let held = link.proxy.lock(1, "one", "a/1");
+    link.deliver();
+    let call = link.proxy.lock(1, "two", "a/1;wait=1");
+    let (vm, put) = link.call();
+    link.proxy.run(millis(949));
+    assert!(link.proxy.vm(vm).call_answer(put.token, CallAnswer::new(503, b"reset")));
+    // The worker comes to it late, when the wait is over.
+    link.proxy.fake.advance(millis(60));
+    link.run(millis(300));
+    let (status, problem) = link.proxy.answer(call);
+    assert_eq!((status, &problem["type"]), (423, &json!("urn:interlock:problem:wait-timeout")), "{problem}");
+    assert_eq!(problem["holders"][0]["owner"], "one");
+    link.proxy.complete(held);
+    link.deliver();
+    link.assert_rest();
+}
+
 #[test]
 fn a_request_whose_answer_is_lost_for_good_is_withdrawn() {
     let link = pair();
