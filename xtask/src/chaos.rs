@@ -227,12 +227,7 @@ async fn left(world: &World, client: &Client) -> Result<Vec<String>> {
     left.extend(locks["locks"].as_array().into_iter().flatten().map(|lock| format!("a lock is left: {lock}")));
     for node in world.sidecars.iter().chain([&world.authority]) {
         let stats = node.stats().await?;
-        let sidecar = !Arc::ptr_eq(node, &world.authority);
         for gauge in ["interlock_held", "interlock_waiting", "interlock_table_locks", "interlock_table_owners"] {
-            // What a VM of a sidecar had added when it trapped nobody takes away again: docs/authority.md.
-            if sidecar && node.has_trapped() {
-                continue;
-            }
             let value = watch::sum(&stats, gauge);
             if value != 0 {
                 left.push(format!("{gauge} of {} is {value}, and nothing is under way", node.name));

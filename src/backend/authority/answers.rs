@@ -104,8 +104,8 @@ impl Authority {
         };
         match refused {
             Ok(Told::Refused(reject)) => {
-                let reject = in_vain(reject, entry.wish.wait(), now.since(entry.wish.arrived));
-                self.client.answered(now, call, PutAnswer::Refused(reject));
+                let reject = in_vain(*reject, entry.wish.wait(), now.since(entry.wish.arrived));
+                self.client.answered(now, call, PutAnswer::Refused(Box::new(reject)));
             }
             Ok(Told::Over) => {
                 let first = entry.wish.wants.first().map(|want| (want.name.clone(), want.mode));
@@ -235,13 +235,13 @@ impl Authority {
 }
 
 /// A try for which no time was left does not wait, and is told that the lock is held. Its caller had time, and has waited in vain.
-fn in_vain(reject: Box<Reject>, wait: Duration, waited: Duration) -> Box<Reject> {
-    match *reject {
+fn in_vain(reject: Reject, wait: Duration, waited: Duration) -> Reject {
+    match reject {
         Reject::Core(Refusal { cause: Cause::Held { holders, retry_after }, lock, mode, owner }) if !wait.is_zero() => {
             let cause = Cause::WaitTimeout { holders, waited, retry_after };
-            Box::new(Reject::Core(Refusal { lock, mode, owner, cause }))
+            Reject::Core(Refusal { lock, mode, owner, cause })
         }
-        other => Box::new(other),
+        other => other,
     }
 }
 

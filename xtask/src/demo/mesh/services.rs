@@ -44,7 +44,7 @@ pub enum What {
     /// It calls on.
     Calls(String),
     /// What came of that.
-    Answered { call: String, answer: Option<Answer> },
+    Answered { call: String, answer: Option<Box<Answer>> },
 }
 
 /// All services, each known by its name.
@@ -156,7 +156,7 @@ impl Services {
         }
         self.tell(service, &trace, What::Calls(call.clone()));
         let answer = ask.send().await.ok();
-        self.tell(service, &trace, What::Answered { call, answer: answer.clone() });
+        self.tell(service, &trace, What::Answered { call, answer: answer.clone().map(Box::new) });
         answer
     }
 }
