@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use hyper::Method;
 use interlock_testkit::client::Ask;
-use interlock_testkit::{Answer, Client, DEADLINE, Envoy, EnvoyConfig, tools, wait_for_async};
+use interlock_testkit::{Answer, Client, DEADLINE, Envoy, EnvoyConfig, Upstream, tools, wait_for_async};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, SanType};
 use serde_json::{Value, json};
 
@@ -53,6 +53,7 @@ impl Ca {
 
 /// An authority behind mTLS, and an Envoy with a listener for each identity that calls it.
 struct Mesh {
+    ca: Ca,
     authority: Envoy,
     callers: Envoy,
 }
@@ -100,7 +101,7 @@ impl Mesh {
         let others = [(NOBODY, None), (STRANGER, Some(Ca::new().certificate(PAY)))];
         let callers = identities.into_iter().chain(others).collect();
         let callers = Envoy::start(callers_of(&authority, &ca, callers)).await.unwrap();
-        let mesh = Mesh { authority, callers };
+        let mesh = Mesh { ca, authority, callers };
         wait_for_async("the end of the grace", DEADLINE, async || {
             mesh.call(PAY, Method::GET, "health").send().await.unwrap().status == 200
         })
@@ -131,6 +132,24 @@ impl Mesh {
     }
 }
 
+/// The transport of a cluster: to the authority and to nobody else, with the certificate of a caller.
+fn upstream_tls(ca: &Ca, certificate: Option<&Value>) -> Value {
+    json!({
+        "name": "envoy.transport_sockets.tls",
+        "typed_config": {
+            "@type": format!("{TLS}.UpstreamTlsContext"),
+            "common_tls_context": {
+                "alpn_protocols": ["h2"],
+                "tls_certificates": certificate.into_iter().collect::<Vec<_>>(),
+                "validation_context": {
+                    "trusted_ca": ca.trusted()["trusted_ca"],
+                    "match_typed_subject_alt_names": [{ "san_type": "URI", "matcher": { "exact": AUTHORITY } }],
+                },
+            },
+        },
+    })
+}
+
 /// The sidecars of all callers in one process: a listener each, which passes everything on to the authority with the
 /// certificate of its caller.
 fn callers_of(authority: &Envoy, ca: &Ca, callers: BTreeMap<&str, Option<Value>>) -> EnvoyConfig {
@@ -138,10 +157,6 @@ fn callers_of(authority: &Envoy, ca: &Ca, callers: BTreeMap<&str, Option<Value>>
     for name in callers.keys() {
         config = config.cluster(name, authority.address());
     }
-    let trusted = json!({
-        "trusted_ca": ca.trusted()["trusted_ca"],
-        "match_typed_subject_alt_names": [{ "san_type": "URI", "matcher": { "exact": AUTHORITY } }],
-    });
     config.concurrency(1).patch(|bootstrap| {
         let resources = &mut bootstrap["static_resources"];
         let plain = resources["listeners"][0].take();
@@ -156,17 +171,7 @@ fn callers_of(authority: &Envoy, ca: &Ca, callers: BTreeMap<&str, Option<Value>>
         resources["listeners"] = callers.keys().map(|name| listener(name)).collect();
         for cluster in resources["clusters"].as_array_mut().unwrap() {
             let certificate = callers[cluster["name"].as_str().unwrap()].as_ref();
-            cluster["transport_socket"] = json!({
-                "name": "envoy.transport_sockets.tls",
-                "typed_config": {
-                    "@type": format!("{TLS}.UpstreamTlsContext"),
-                    "common_tls_context": {
-                        "alpn_protocols": ["h2"],
-                        "tls_certificates": certificate.into_iter().collect::<Vec<_>>(),
-                        "validation_context": trusted,
-                    },
-                },
-            });
+            cluster["transport_socket"] = upstream_tls(ca, certificate);
             let options = &mut cluster["typed_extension_protocol_options"]["envoy.extensions.upstreams.http.v3.HttpProtocolOptions"];
             options.as_object_mut().unwrap().remove("use_downstream_protocol_config");
             options["explicit_http_config"] = json!({ "http2_protocol_options": {} });
@@ -251,6 +256,36 @@ async fn an_administrator_is_known_by_its_identity_or_by_the_token() {
     assert_eq!(with("fedcba9876543210").send().await.unwrap().status, 403);
     let by_token = with(TOKEN).send().await.unwrap();
     assert_eq!((by_token.status, broken(&by_token)), (200, json!("one")));
+}
+
+#[tokio::test]
+async fn a_sidecar_asks_by_its_own_identity() {
+    let mesh = Mesh::start().await;
+    let upstream = Upstream::start().await.unwrap();
+    let config = EnvoyConfig::from_file(&tools::root().join("envoy/sidecar.yaml")).unwrap();
+    let config = config.cluster("app", upstream.address()).cluster("interlock-authority", mesh.authority.address());
+    let sidecar = config.patch(|bootstrap| {
+        let clusters = bootstrap["static_resources"]["clusters"].as_array_mut().unwrap();
+        let authority = clusters.iter_mut().find(|cluster| cluster["name"] == "interlock-authority").unwrap();
+        authority["transport_socket"] = upstream_tls(&mesh.ca, Some(&mesh.ca.certificate(PAY)));
+    });
+    let sidecar = Envoy::start(sidecar).await.unwrap();
+    let ask = |owner, path: &str, lock: &str| {
+        Client::http1_fresh().get(format!("{}{path}", sidecar.base_url())).trace(owner).header("lock", lock)
+    };
+    let holder = ask(1, "/pays?hold", "payment/1").spawn();
+    upstream.wait_for_requests("/pays", 1).await;
+    let lock = mesh.call(ONCALL, Method::GET, "locks/payment/1").send().await.unwrap().json();
+    let asked_by = lock["holders"][0]["asked_by"].as_str().unwrap();
+    assert!(asked_by.contains(PAY) && asked_by.contains("lock header"), "the workload, and why: {asked_by}");
+    upstream.open("/pays");
+    assert_eq!(holder.answer().await.unwrap().status, 200);
+
+    // Its caller is told what the authority told the sidecar.
+    let refused = ask(2, "/shops", "cart/1").send().await.unwrap();
+    assert_eq!((refused.status, slug(&refused).as_str()), (403, "forbidden"), "{}", refused.text());
+    assert_eq!(refused.json()["detail"], format!("{PAY} may not lock class cart"));
+    assert!(upstream.requests_to("/shops").is_empty());
 }
 
 #[tokio::test]
