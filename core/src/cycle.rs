@@ -59,12 +59,42 @@ pub enum Search {
     TooLong,
 }
 
+/// A lock that a search has come to.
+struct Line {
+    queue: Queue,
+    permits: u32,
+    /// Where each owner waits in the queue.
+    places: HashMap<OwnerId, Vec<usize>>,
+    /// Whoever waits before this place can lead to nobody new.
+    covered: usize,
+}
+
+impl Line {
+    fn new((queue, permits): (Queue, u32)) -> Self {
+        let mut places: HashMap<OwnerId, Vec<usize>> = HashMap::new();
+        for (place, entry) in queue.entries().iter().enumerate().filter(|(_, entry)| !entry.is_held()) {
+            places.entry(entry.owner.clone()).or_default().push(place);
+        }
+        Line { queue, permits, places, covered: 0 }
+    }
+
+    /// The edges of the waiter at `place` have been followed. If everybody in front of it was reached, those who wait there
+    /// have no edges of their own at this lock: else the cost would grow with the square of the queue. An entry of the
+    /// owner in question is another matter, since an edge to that one closes a cycle.
+    fn cover(&mut self, place: usize, reached: &HashMap<OwnerId, Option<Step>>, owner: &OwnerId) {
+        let mut before = self.queue.entries().iter().enumerate().filter(|(at, entry)| *at < place || entry.is_held());
+        if before.all(|(_, entry)| entry.owner != *owner && reached.contains_key(&entry.owner)) {
+            self.covered = self.covered.max(place);
+        }
+    }
+}
+
 /// Looks for a cycle through `owner`: through the edges of its lease `by` where that is given, else through any.
 ///
 /// # Errors
 /// Those of the reader.
 pub fn search<R: Reader>(reader: &mut R, owner: &OwnerId, by: Option<LeaseId>) -> Result<Search, R::Error> {
-    let mut queues = HashMap::new();
+    let mut lines = HashMap::new();
     // Who was reached by which edge; the start by none.
     let mut reached: HashMap<OwnerId, Option<Step>> = HashMap::from([(owner.clone(), None)]);
     let mut next = VecDeque::from([owner.clone()]);
@@ -73,16 +103,19 @@ pub fn search<R: Reader>(reader: &mut R, owner: &OwnerId, by: Option<LeaseId>) -
             break;
         }
         for lock in reader.waits(&waiter)? {
-            let (queue, permits) = match queues.entry(lock.clone()) {
+            let line = match lines.entry(lock.clone()) {
                 MapEntry::Occupied(entry) => entry.into_mut(),
-                MapEntry::Vacant(entry) => entry.insert(reader.queue(&lock)?),
+                MapEntry::Vacant(entry) => entry.insert(Line::new(reader.queue(&lock)?)),
             };
-            let own = queue.waiters().filter(|entry| entry.owner == waiter);
-            let own = own.filter(|entry| waiter != *owner || by.is_none_or(|by| entry.lease == by));
-            for entry in own {
+            for place in line.places.get(&waiter).cloned().unwrap_or_default() {
+                let Some(entry) = line.queue.entries().get(place) else { continue };
+                let asked = waiter != *owner || by.is_none_or(|by| entry.lease == by);
+                if !asked || place < line.covered {
+                    continue;
+                }
                 let edges = if bug!(OneEdgeOfMany) { 1 } else { usize::MAX };
-                for blocker in queue.blockers(entry.lease, *permits).take(edges) {
-                    let step = Step {
+                for blocker in line.queue.blockers(entry.lease, line.permits).take(edges) {
+                    let step = || Step {
                         owner: waiter.clone(),
                         lease: entry.lease,
                         lock: lock.clone(),
@@ -90,16 +123,18 @@ pub fn search<R: Reader>(reader: &mut R, owner: &OwnerId, by: Option<LeaseId>) -
                         blocker_lease: blocker.lease,
                     };
                     if blocker.owner == *owner {
-                        return Ok(Search::Cycle(path(&reached, step)));
+                        return Ok(Search::Cycle(path(&reached, step())));
+                    }
+                    if reached.contains_key(&blocker.owner) {
+                        continue;
                     }
                     if reached.len() >= MAX_OWNERS {
                         return Ok(Search::TooLong);
                     }
-                    if let MapEntry::Vacant(place) = reached.entry(blocker.owner.clone()) {
-                        next.push_back(blocker.owner.clone());
-                        place.insert(Some(step));
-                    }
+                    next.push_back(blocker.owner.clone());
+                    reached.insert(blocker.owner.clone(), Some(step()));
                 }
+                line.cover(place, &reached, owner);
             }
         }
     }
@@ -230,5 +265,37 @@ mod tests {
         let by = |lease| search(&mut Chain::new(3, true), &Chain::owner(0), Some(LeaseId(lease)));
         assert!(matches!(by(3), Ok(Search::Cycle(_))), "the lease that waits for lock 1");
         assert_eq!(by(99), Ok(Search::Clear));
+    }
+    /// One lock that everybody waits for.
+    struct OneLine(Queue);
+
+    impl Reader for OneLine {
+        type Error = Infallible;
+
+        fn waits(&mut self, _: &OwnerId) -> Result<Vec<LockName>, Infallible> {
+            Ok(vec![self.0.name.clone()])
+        }
+
+        fn queue(&mut self, _: &LockName) -> Result<(Queue, u32), Infallible> {
+            Ok((self.0.clone(), 1))
+        }
+    }
+
+    #[test]
+    fn the_own_entry_in_front_of_another_waiter_closes_a_cycle_though_that_one_is_passed_over_else() {
+        let mut line = Queue::new(LockName::parse("l").unwrap());
+        line.enqueue(Chain::entry(1, 1));
+        line.settle(1, Time::ZERO, Fence(0), &mut Fence(0));
+        // Owner 2 reads, owner 3 waits for it, and owner 2 waits behind that one for more.
+        line.enqueue(Entry { mode: Mode::Shared, ..Chain::entry(2, 2) });
+        line.enqueue(Chain::entry(3, 3));
+        line.enqueue(Chain::entry(4, 2));
+        let found = search(&mut OneLine(line.clone()), &Chain::owner(2), Some(LeaseId(4)));
+        let Ok(Search::Cycle(steps)) = found else { panic!("not found") };
+        assert_eq!(steps.iter().map(|step| step.blocker_lease.0).collect::<Vec<_>>(), [3, 2]);
+        // Without that entry there is none, however many stand in the line.
+        line.remove(LeaseId(2));
+        (5..1000).for_each(|n| line.enqueue(Chain::entry(n, n)));
+        assert_eq!(search(&mut OneLine(line), &Chain::owner(999), None), Ok(Search::Clear));
     }
 }
