@@ -10,7 +10,7 @@ use interlock_core::lease::{Answer as Given, End, Granted, Parked};
 use interlock_core::{Cause, Duration, LockName, Refusal, Request, StoreError, Time};
 
 use super::respond::Answer;
-use super::{Active, Flow, Runtime, fences, intake, next_look, report};
+use super::{Active, Flow, Runtime, fences, intake, report};
 use crate::answer::{Reject, headers};
 use crate::api::body::{self, Conflict};
 use crate::api::call::{LeaseName, Put, Renew};
@@ -287,7 +287,7 @@ impl Runtime {
                 told(active, &name, &granted, if new { 201 } else { 200 })
             }
             Ok(Given::Parked(parked)) => {
-                let due = next_look(parked.poll_at(), host.now());
+                let due = self.next_look(parked.poll_at(), host.now());
                 let state = State::Parked { name, parked, asked_by };
                 self.keep(id, Call { active: Rc::clone(active), purpose, state, timer: Some(due) });
                 return None;

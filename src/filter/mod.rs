@@ -40,6 +40,12 @@ use stream::{Case, Ended, Held, State, Stream};
 /// How long a waiter goes without looking for itself: wake-ups are hints, and one may be lost.
 const BACKSTOP: Duration = Duration::from_secs(1);
 
+/// A look costs more the more there are who wait. So in a crowd each looks less often: one of them in this span on average.
+const EACH_LOOK: Duration = Duration::from_millis(2);
+
+/// However large the crowd is.
+const LONGEST_BACKSTOP: Duration = Duration::from_secs(10);
+
 /// What is said where a request's body went ahead of it.
 const BODY_FIRST: &str = "the body came while the request was parked: allow_on_headers_stop_iteration is not supported";
 
@@ -479,6 +485,14 @@ impl Runtime {
         Some(stream)
     }
 
+    /// When a waiter is looked after that need not be before `poll_at`. Never at once: a look that changes nothing must not be
+    /// followed by the next without end.
+    fn next_look(&self, poll_at: Time, now: Time) -> Time {
+        let crowd = u32::try_from(self.leases.len() + self.calls.len()).unwrap_or(u32::MAX);
+        let backstop = EACH_LOOK.saturating_mul(crowd).clamp(BACKSTOP, LONGEST_BACKSTOP);
+        poll_at.min(now + backstop).max(now + Duration::from_millis(1))
+    }
+
     /// Puts a stream in, with the timer that its state asks for.
     fn put(&mut self, host: &dyn Host, id: ContextId, mut stream: Stream) {
         stream.timer = match &stream.state {
@@ -486,7 +500,7 @@ impl Runtime {
                 if let Waiting::Local(pending) = waiting {
                     self.leases.insert((stream.case.purpose(), pending.lease()), id);
                 }
-                Some(next_look(waiting.poll_at(), host.now()))
+                Some(self.next_look(waiting.poll_at(), host.now()))
             }
             State::Holding(held) => Some(held.lease.until()),
             State::Over(_) => None,
@@ -494,12 +508,6 @@ impl Runtime {
         self.timers.extend(stream.timer.map(|timer| (timer, id)));
         self.streams.insert(id, stream);
     }
-}
-
-/// When a waiter is looked after that need not be before `poll_at`. Never at once: a look that changes nothing must not be
-/// followed by the next without end.
-fn next_look(poll_at: Time, now: Time) -> Time {
-    poll_at.min(now + BACKSTOP).max(now + Duration::from_millis(1))
 }
 
 /// A request that asked for something, as it came in.

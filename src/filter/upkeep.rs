@@ -16,6 +16,10 @@ use crate::backend::{Lease, Purpose, Waiting};
 use crate::host::{CallToken, ContextId, Host, QueueId};
 use crate::policy::{Backend, OnLeaseLost};
 
+/// How long one tick looks after waiters before it lets the worker's requests, and its heartbeat, have their turn. Whoever
+/// is left is looked after by the next, which follows at once.
+const SLICE: Duration = Duration::from_millis(20);
+
 impl Runtime {
     /// Messages have come by a queue. If it is one of this instance's, waiters of this VM were granted their locks.
     pub fn queue_ready(&mut self, host: &dyn Host, queue: QueueId) {
@@ -155,6 +159,9 @@ impl Runtime {
         }
         while let Some((_, id)) = self.timers.first().copied().filter(|(due, _)| *due <= now) {
             self.look_after(host, id);
+            if host.now() >= now + SLICE {
+                break;
+            }
         }
         if now >= self.housekept + BEAT {
             self.housekept = now;

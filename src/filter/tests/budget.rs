@@ -217,7 +217,8 @@ fn an_idle_vm_costs_little() {
     proxy.assert_rest(super::TABLE);
 }
 
-/// In a crowd before one lock everybody looks once a second, and no look costs more because of the others.
+/// In a crowd before one lock everybody looks once a second, and no look makes more calls because of the others. In a large
+/// crowd, whose record is long, each looks less often.
 #[test]
 fn waiters_that_nothing_happens_to_cost_little() {
     let proxy = Proxy::new(2, &plain());
@@ -225,15 +226,15 @@ fn waiters_that_nothing_happens_to_cost_little() {
     let holder = proxy.lock(1, "holder", "a/1");
     let house = 4 * 3 + 2 * 1024;
     head();
-    for crowd in [10, 40] {
+    for (crowd, looks) in [(10, 10), (40, 40), (1000, 500)] {
         while proxy.open().len() <= crowd {
             proxy.lock(0, &format!("w{}", proxy.open().len()), "a/1;wait=30");
         }
         proxy.run(secs(1));
         let (_, calls) = proxy.calls(0, || proxy.run(secs(1)));
         row(&format!("a VM that keeps house, with {crowd} waiters"), &calls);
-        let each = (calls.shared() - house) / u32::try_from(crowd).unwrap();
-        assert!(each <= 4, "{each} calls a look: {calls:?}");
+        let each = (calls.shared() - house) / looks;
+        assert!(each <= 1, "{each} calls a look: {calls:?}");
     }
     proxy.end(holder);
 }
