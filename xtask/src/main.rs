@@ -2,6 +2,7 @@
 
 mod chaos;
 mod conformance;
+mod crowd;
 mod demo;
 mod fuzz;
 mod lint;
@@ -50,6 +51,8 @@ enum Task {
     Chaos(chaos::ChaosArgs),
     /// Measure how soon an authority tells of deadlocks, hands locks over and ends leases
     Measure(measure::MeasureArgs),
+    /// Fill an Envoy up to the limits of its policy, and show what comes of it
+    Crowd(crowd::CrowdArgs),
     /// Show that the tests notice bugs, each seeded one at a time
     Mutants(mutants::MutantsArgs),
     /// Fuzz what reads bytes from outside, with libFuzzer
@@ -73,6 +76,7 @@ fn main() -> ExitCode {
         Task::Soak(args) => soak::run(args),
         Task::Chaos(args) => chaos::run(args),
         Task::Measure(args) => measure::run(&args),
+        Task::Crowd(args) => crowd::run(&args),
         Task::Mutants(args) => mutants::run(&args),
         Task::Fuzz(args) => fuzz::run(&args),
         Task::Oci(args) => oci::run(&args),
