@@ -149,6 +149,22 @@ fn items_of_the_dead_do_not_count_against_an_owner() {
     w.finish();
 }
 
+#[test]
+fn an_owner_may_have_as_many_locks_as_the_limit_says_whatever_the_dead_left_in_the_index() {
+    let mut rules = rules();
+    rules.limits.locks_per_owner = Some(2);
+    // Nobody keeps house: what the first worker leaves in the index stays there.
+    let mut w = World::with(rules, 1, 1);
+    w.ask(0, &ask("a").lock("l/1", X).ttl(ms(2000))).granted();
+    w.crash(0);
+    w.advance(ms(2000));
+    let other = w.ask(1, &ask("b").lock("l/1", X)).granted();
+    w.ask(1, &ask("a").lock("l/2", X).lock("l/3", X)).granted();
+    assert_eq!(w.ask(1, &ask("a").lock("l/4", X)).slug(), "too-many-locks");
+    w.release(other);
+    w.finish();
+}
+
 // Fences.
 
 #[test]
