@@ -188,7 +188,10 @@ impl<'a> Crowd<'a> {
         let mut times = Histogram::new_with_max(60_000_000, 3)?;
         for round in 0..self.args.rounds {
             let ask = self.calm.get(format!("{}/calm", self.envoy.base_url()));
-            let ask = ask.trace(u128::from(round) + 9_000_000).header("lock", format!("calm/{}", round % 16));
+            let ask = ask
+                .trace(u128::from(round) + 9_000_000)
+                .header("lock", format!("calm/{}", round % 16))
+                .timeout(PATIENCE);
             let start = Instant::now();
             done(ask.send().await?)?;
             times.saturating_record(u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX));
