@@ -217,18 +217,19 @@ fn an_idle_vm_costs_little() {
     proxy.assert_rest(super::TABLE);
 }
 
-/// In a crowd before one lock everybody looks once a second, and no look makes more calls because of the others. In a large
+/// In a crowd before a few locks everybody looks once a second, and no look makes more calls because of the others. In a large
 /// crowd, whose record is long, each looks less often.
 #[test]
 fn waiters_that_nothing_happens_to_cost_little() {
     let proxy = Proxy::new(2, &plain());
     proxy.run(secs(1));
-    let holder = proxy.lock(1, "holder", "a/1");
+    let holder = proxy.lock(1, "holder", "a/0, a/1, a/2, a/3");
     let house = 4 * 3 + 2 * 1024;
     head();
     for (crowd, looks) in [(10, 10), (40, 40), (1000, 500)] {
         while proxy.open().len() <= crowd {
-            proxy.lock(0, &format!("w{}", proxy.open().len()), "a/1;wait=30");
+            let number = proxy.open().len();
+            proxy.lock(0, &format!("w{number}"), &format!("a/{};wait=30", number % 4));
         }
         proxy.run(secs(1));
         let (_, calls) = proxy.calls(0, || proxy.run(secs(1)));
