@@ -116,6 +116,11 @@ mod grpc {
 }
 
 impl Reject {
+    /// Whether nobody could say, rather than somebody said no: what `on_backend_unavailable` is about.
+    pub fn is_unavailable(&self) -> bool {
+        matches!(self, Reject::Core(Refusal { cause: Cause::Backend { .. } | Cause::Grace { .. }, .. }))
+    }
+
     /// The name of the cause in the problem type, in `lock-status` and in metrics.
     pub fn slug(&self) -> &'static str {
         match self {

@@ -85,6 +85,11 @@ pub fn forward(host: &dyn Host, carried: &[FenceMember], own: &[FenceMember]) {
     }
 }
 
+/// What the names of an owner's branches begin with.
+pub fn branches(owner: &OwnerId) -> String {
+    format!("{owner}#")
+}
+
 /// The owner as the table knows it where only those re-enter who carry a fence of the holder's lease: the branch of the
 /// transaction that holds such a lease, or a new branch. So parallel branches of one trace exclude each other.
 ///
@@ -98,7 +103,7 @@ pub fn branch(
     lease: LeaseId,
     carried: &[FenceMember],
 ) -> Result<OwnerId, StoreError> {
-    let prefix = format!("{owner}#");
+    let prefix = branches(owner);
     for member in carried {
         let holder = local.holder_of(host, rules, &member.name, member.fence)?;
         if let Some(holder) = holder.filter(|holder| holder.as_str().starts_with(&prefix)) {

@@ -13,7 +13,7 @@ use super::holder::{self, Question};
 use super::intake::{Facts, Terms};
 use super::respond::Answer;
 use super::stream::{Case, Ended};
-use super::{Active, Runtime, case, report};
+use super::{Active, Runtime, case, fences, report};
 use crate::answer::{Reject, Shown};
 use crate::backend::Purpose;
 use crate::backend::authority::look::Unknown;
@@ -87,7 +87,7 @@ impl Runtime {
                         Backend::Authority(at) => match holder::ask(host, at, &claim) {
                             Ok(sent) => return Passage::Asked(Question::new(case, claim, sent)),
                             Err(reject) => {
-                                report::unanswered(host, active, Unknown::UNSENT.reason);
+                                report::call_failed(host, active, Unknown::UNSENT.reason);
                                 Err(reject)
                             }
                         },
@@ -134,7 +134,7 @@ impl Runtime {
 
     /// Asks the table who holds the lock. A guard that only watches finds the holder among those of the shadow table, too.
     fn check_owner(&mut self, host: &dyn Host, active: &Active, purpose: Purpose, claim: &Claim) -> Result<(), Reject> {
-        let branches = format!("{}#", claim.owner);
+        let branches = fences::branches(&claim.owner);
         let by_branch = active.policy.reentrancy == Reentrancy::Lease;
         let is = |holder: &OwnerId| {
             *holder == claim.owner || (by_branch && holder.as_str().starts_with(&branches)) || bug!(AnyHolderPasses)
@@ -202,8 +202,7 @@ pub fn conclude(host: &dyn Host, mut case: Case, class: &str, judged: Result<(),
         return Passage::Free;
     };
     case.name_route(host);
-    let failed = matches!(&reject, Reject::Core(Refusal { cause: Cause::Backend { .. } | Cause::Grace { .. }, .. }));
-    if failed && case.terms.on_backend_unavailable == OnUnavailable::Allow {
+    if reject.is_unavailable() && case.terms.on_backend_unavailable == OnUnavailable::Allow {
         report::passed_unguarded(host, &case, &reject);
         return Passage::Noted(case, Ended::Unlocked);
     }

@@ -122,14 +122,14 @@ impl Runtime {
 
     fn told(&mut self, host: &dyn Host, id: ContextId, question: Question, told: Result<Held, Unknown>) {
         let Question { case, claim, parked, .. } = question;
-        report::looked(host, &case.active, host.now().since(case.arrived));
+        report::took(host, &case.active, host.now().since(case.arrived));
         let judged = match told {
             Ok(Held { holders, grace }) => {
                 let own = holders.into_iter().filter(|(holder, _)| *holder == claim.owner).map(|(_, fence)| fence);
                 claim.judge(own.min(), grace.unwrap_or_default())
             }
             Err(unknown) => {
-                report::unanswered(host, &case.active, unknown.reason);
+                report::call_failed(host, &case.active, unknown.reason);
                 Err(claim.refused(Cause::Backend { detail: unknown.detail.into() }))
             }
         };

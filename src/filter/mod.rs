@@ -524,8 +524,7 @@ fn send(host: &dyn Host, active: &Active, answer: &Answer) {
 
 /// A request that does not get its locks: whether it is answered, or goes on all the same.
 fn reject_or_pass(host: &dyn Host, case: &Case, reject: Reject, waited: Duration) -> (State, Fate) {
-    let failed = matches!(&reject, Reject::Core(Refusal { cause: Cause::Backend { .. } | Cause::Grace { .. }, .. }));
-    if failed && (case.terms.on_backend_unavailable == OnUnavailable::Allow || bug!(FailsOpen)) {
+    if reject.is_unavailable() && (case.terms.on_backend_unavailable == OnUnavailable::Allow || bug!(FailsOpen)) {
         report::unlocked(host, case, &reject, waited);
         return (State::Over(Ended::Unlocked), Fate::Forward);
     }

@@ -59,13 +59,13 @@ pub fn guarded(host: &dyn Host, case: &Case, class: &str) {
     }
 }
 
-/// An authority did not say who holds a lock.
-pub fn unanswered(host: &dyn Host, active: &Active, reason: &'static str) {
+/// A call of an authority has failed.
+pub fn call_failed(host: &dyn Host, active: &Active, reason: &'static str) {
     active.telemetry.backend_error(host, reason);
 }
 
-/// An authority has said who holds a lock, after so long.
-pub fn looked(host: &dyn Host, active: &Active, took: Duration) {
+/// An authority took so long to answer, its waiting aside.
+pub fn took(host: &dyn Host, active: &Active, took: Duration) {
     active.telemetry.backend(host, took);
 }
 
@@ -227,12 +227,8 @@ pub fn released(host: &dyn Host, case: &Case, held: &Held) {
 
 /// What calls of an authority brought about.
 pub fn called(host: &dyn Host, active: &Active, notes: &Notes) {
-    for took in &notes.took {
-        active.telemetry.backend(host, *took);
-    }
-    for reason in &notes.failures {
-        active.telemetry.backend_error(host, reason);
-    }
+    notes.took.iter().for_each(|span| took(host, active, *span));
+    notes.failures.iter().for_each(|reason| call_failed(host, active, reason));
 }
 
 /// What an operation on the table brought about.

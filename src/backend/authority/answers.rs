@@ -7,7 +7,7 @@ use interlock_core::lease::{CallId, PutAnswer};
 use interlock_core::{Cause, Duration, LeaseId, Loss, Refusal, Time};
 
 use super::wire::{self, Reply};
-use super::{Authority, Renewal, WARM, Waiting, What, refusal, unavailable};
+use super::{Authority, Renewal, WARM, What, refusal, unavailable};
 use crate::answer::Reject;
 use crate::api::told::{self, Question, Told, Unusable};
 use crate::host::{CallToken, ContextId, Host};
@@ -108,8 +108,7 @@ impl Authority {
                 self.client.answered(now, call, PutAnswer::Refused(Box::new(reject)));
             }
             Ok(Told::Over) => {
-                let first = entry.wish.wants.first().map(|want| (want.name.clone(), want.mode));
-                let waiting = Waiting { authority: self.number, stream, owner: entry.wish.owner.clone(), first };
+                let waiting = entry.wish.waiting(self.number, stream);
                 let why = Box::new(refusal(&waiting, Cause::LeaseLost { loss: Loss::Expired }));
                 match host.random() {
                     Ok(fresh) => {
@@ -150,8 +149,7 @@ impl Authority {
         let Some(entry) = self.entries.get_mut(&stream) else { return self.fail(now, call, None, detail) };
         let since = *entry.failing.get_or_insert(now);
         let enough = hopeless || now.since(since) >= self.at.timeout;
-        let first = entry.wish.wants.first().map(|want| (want.name.clone(), want.mode));
-        let waiting = Waiting { authority: self.number, stream, owner: entry.wish.owner.clone(), first };
+        let waiting = entry.wish.waiting(self.number, stream);
         let why = match retry_after.filter(|_| grace) {
             Some(left) => refusal(&waiting, Cause::Grace { left }),
             None => unavailable(&waiting, detail),

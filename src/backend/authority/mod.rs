@@ -61,6 +61,12 @@ impl Wish {
     fn hold(&self) -> Duration {
         self.wants.iter().map(|want| want.hold).min().unwrap_or_default()
     }
+
+    /// The request as one that waits.
+    fn waiting(&self, authority: u32, stream: ContextId) -> Waiting {
+        let first = self.wants.first().map(|want| (want.name.clone(), want.mode));
+        Waiting { authority, stream, owner: self.owner.clone(), first }
+    }
 }
 
 /// A request that waits for its lease.
@@ -277,12 +283,7 @@ impl Authority {
             mode: want.mode,
             floor: self.floors.of(&want.name, want.mode),
         };
-        let waiting = Waiting {
-            authority: self.number,
-            stream,
-            owner: wish.owner.clone(),
-            first: wish.wants.first().map(|want| (want.name.clone(), want.mode)),
-        };
+        let waiting = wish.waiting(self.number, stream);
         let locks = wish.wants.iter().map(lock).collect();
         self.entries.insert(stream, Entry { wish, locks, lease, own: None, failing: None, news: None });
         self.client.ask(now, Ticket(u64::from(stream.0)), lease, ask);
@@ -381,9 +382,7 @@ impl Authority {
             self.warm_at = now + WARM;
             let timeout = self.at.timeout;
             // Nobody waits for it, so nobody needs to know if it fails.
-            if let Ok(token) = wire::send(host, &self.target, ("GET", "health"), &[], timeout) {
-                self.keep_sent(token, Sent { at: now, due: now + timeout + SLACK, what: What::Warm });
-            }
+            let _ = self.call(host, now, ("GET", "health"), &[], timeout, What::Warm);
         }
     }
 
@@ -466,11 +465,6 @@ impl Authority {
                 self.woken.push(stream);
             }
         }
-    }
-
-    fn keep_sent(&mut self, token: CallToken, sent: Sent) {
-        self.due.insert((sent.due, token));
-        self.sent.insert(token, sent);
     }
 
     fn drop_sent(&mut self, token: CallToken) -> Option<Sent> {

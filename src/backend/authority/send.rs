@@ -8,7 +8,7 @@ use interlock_core::{Duration, LeaseId, Time};
 use super::{Authority, Renewal, SLACK, Sent, What, wire};
 use crate::answer::Reject;
 use crate::api::told::Granted;
-use crate::host::{ContextId, Host};
+use crate::host::{CallToken, ContextId, Host, HostError};
 
 impl Authority {
     /// Sends one thing. `from`: the stream whose callback runs, and which the answer goes to; none for a root.
@@ -22,33 +22,39 @@ impl Authority {
                 let bodies = wire::renew(leases.iter().map(|(lease, granted)| (*lease, &**granted)));
                 self.renewals.insert(call, Renewal { open: bodies.len(), answers: Vec::new() });
                 for (leases, body) in bodies {
-                    match wire::send(host, &self.target, ("POST", "leases/renew"), &body, timeout) {
-                        Ok(token) => {
-                            let what = What::Renew { call, leases };
-                            self.keep_sent(token, Sent { at: now, due: now + timeout + SLACK, what });
-                        }
-                        Err(_) => {
-                            self.notes.failures.push("dispatch");
-                            self.part_renewed(now, call, None);
-                        }
+                    let what = What::Renew { call, leases };
+                    if self.call(host, now, ("POST", "leases/renew"), &body, timeout, what).is_err() {
+                        self.notes.failures.push("dispatch");
+                        self.part_renewed(now, call, None);
                     }
                 }
             }
             Do::Delete { call, lease, timeout } => {
                 let path = format!("leases/{}", wire::spell(lease));
-                match wire::send(host, &self.target, ("DELETE", &path), &[], timeout) {
-                    Ok(token) => {
-                        let what = What::Delete { call };
-                        self.keep_sent(token, Sent { at: now, due: now + timeout + SLACK, what });
-                    }
-                    Err(_) => {
-                        self.notes.failures.push("dispatch");
-                        self.fail(now, call, None, "");
-                    }
+                if self.call(host, now, ("DELETE", &path), &[], timeout, What::Delete { call }).is_err() {
+                    self.notes.failures.push("dispatch");
+                    self.fail(now, call, None, "");
                 }
             }
             Do::Granted { .. } | Do::Refused { .. } | Do::Lost { .. } => {}
         }
+    }
+
+    /// Calls the authority, and keeps in mind what the call was and when it is given up.
+    pub(super) fn call(
+        &mut self,
+        host: &dyn Host,
+        now: Time,
+        target: (&str, &str),
+        body: &[u8],
+        timeout: Duration,
+        what: What,
+    ) -> Result<CallToken, HostError> {
+        let token = wire::send(host, &self.target, target, body, timeout)?;
+        let due = now + timeout + SLACK;
+        self.due.insert((due, token));
+        self.sent.insert(token, Sent { at: now, due, what });
+        Ok(token)
     }
 
     fn send_put(
@@ -68,10 +74,8 @@ impl Authority {
         };
         let path = format!("leases/{}", wire::spell(lease));
         let body = wire::put(&entry.wish, ask.ttl, now, wait);
-        match wire::send(host, &self.target, ("PUT", &path), &body, timeout) {
+        match self.call(host, now, ("PUT", &path), &body, timeout, What::Put { call, stream, lease }) {
             Ok(token) => {
-                let what = What::Put { call, stream, lease };
-                self.keep_sent(token, Sent { at: now, due: now + timeout + SLACK, what });
                 if let Some(entry) = self.entries.get_mut(&stream).filter(|_| from.is_some()) {
                     entry.own = Some(token);
                 }
