@@ -17,7 +17,7 @@ mod world;
 use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -26,7 +26,7 @@ use interlock_testkit::{Client, Upstream, tools};
 use tokio::task::JoinSet;
 
 use crate::soak::watch;
-use crate::wasm;
+use crate::{run, wasm};
 use app::Apps;
 use book::Book;
 use faults::Fault;
@@ -73,15 +73,11 @@ pub fn run(args: ChaosArgs) -> Result<()> {
         wasm::run(&wasm::WasmArgs::default())?;
     }
     println!("Envoy: {}", tools::envoy()?.display());
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start Tokio")?;
-    runtime.block_on(chaos(&args))
+    run::block_on(chaos(&args))
 }
 
 async fn chaos(args: &ChaosArgs) -> Result<()> {
-    let seed = args.seed.unwrap_or_else(|| {
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        u64::from(now.subsec_nanos()) ^ now.as_secs()
-    });
+    let seed = run::seed(args.seed);
     println!("chaos: {} faults, seed {seed}, {} sidecars", args.faults, args.sidecars);
     let book = Arc::new(Book::default());
     let through = Through::new(Arc::clone(&book));

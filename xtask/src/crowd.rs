@@ -6,13 +6,13 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use clap::Args;
-use hdrhistogram::Histogram;
 use interlock_testkit::client::{Ask, Pending};
 use interlock_testkit::{Answer, Client, Envoy, EnvoyConfig, Upstream, tools};
 use serde_json::json;
 
+use crate::run::{self, Times};
 use crate::wasm;
 
 /// Locks that one request holds.
@@ -49,8 +49,7 @@ pub fn run(args: &CrowdArgs) -> Result<()> {
         wasm::shipped()?;
     }
     println!("Envoy: {}", tools::envoy()?.display());
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start Tokio")?;
-    runtime.block_on(async { Crowd::gather(args).await?.show().await })
+    run::block_on(async { Crowd::gather(args).await?.show().await })
 }
 
 struct Crowd<'a> {
@@ -184,8 +183,8 @@ impl<'a> Crowd<'a> {
     }
 
     /// What a request that takes a free lock of another class costs, one after another.
-    async fn latencies(&self) -> Result<Histogram<u64>> {
-        let mut times = Histogram::new_with_max(60_000_000, 3)?;
+    async fn latencies(&self) -> Result<Times> {
+        let mut times = Times::default();
         for round in 0..self.args.rounds {
             let ask = self.calm.get(format!("{}/calm", self.envoy.base_url()));
             let ask = ask
@@ -194,17 +193,15 @@ impl<'a> Crowd<'a> {
                 .timeout(PATIENCE);
             let start = Instant::now();
             done(ask.send().await?)?;
-            times.saturating_record(u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX));
+            times.take(start.elapsed());
         }
         Ok(times)
     }
 
-    fn row(&self, what: &str, start: Instant, times: Histogram<u64>) -> Result<()> {
-        let millis = |micros: u64| micros as f64 / 1000.0;
-        let (half, most, all) = (times.value_at_quantile(0.5), times.value_at_quantile(0.99), times.max());
+    fn row(&self, what: &str, start: Instant, times: Times) -> Result<()> {
+        let [half, most, all] = times.millis();
         let memory = self.envoy.memory()? as f64 / f64::from(1 << 20);
         let took = start.elapsed().as_secs_f32();
-        let (half, most, all) = (millis(half), millis(most), millis(all));
         println!("{what:<44} {took:>9.1} {half:>9.2} {most:>9.2} {all:>9.2} {memory:>11.0}");
         Ok(())
     }

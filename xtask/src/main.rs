@@ -10,6 +10,7 @@ mod manifests;
 mod measure;
 mod mutants;
 mod oci;
+mod run;
 mod sim;
 mod soak;
 mod test;

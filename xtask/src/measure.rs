@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use hdrhistogram::Histogram;
 use hyper::Method;
 use interlock_testkit::client::{Ask, traceparent};
 use interlock_testkit::{Answer, Client, Envoy, EnvoyConfig, Upstream, tools};
@@ -18,6 +17,7 @@ use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
+use crate::run::{self, Times};
 use crate::wasm;
 
 /// Leases that end together.
@@ -46,8 +46,7 @@ pub fn run(args: &MeasureArgs) -> Result<()> {
         wasm::shipped()?;
     }
     println!("Envoy: {}", tools::envoy()?.display());
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start Tokio")?;
-    runtime.block_on(async {
+    run::block_on(async {
         let bench = Bench::set().await?;
         println!("{:<60} {:>9} {:>9} {:>9}", "milliseconds", "p50", "p99", "max");
         let mut lease_api = (Times::default(), Times::default());
@@ -58,37 +57,20 @@ pub fn run(args: &MeasureArgs) -> Result<()> {
             sidecar.0.take(bench.deadlock_of_requests(round).await?);
             sidecar.1.take(bench.hand_over_of_requests(round).await?);
         }
-        lease_api.0.print("a PUT that would close a cycle, until it is refused");
-        sidecar.0.print("a request that would close a cycle, through a sidecar");
-        lease_api.1.print("a DELETE, until the PUT behind it is granted");
-        sidecar.1.print("an answer, until the request behind it is at the upstream");
+        print(&lease_api.0, "a PUT that would close a cycle, until it is refused");
+        print(&sidecar.0, "a request that would close a cycle, through a sidecar");
+        print(&lease_api.1, "a DELETE, until the PUT behind it is granted");
+        print(&sidecar.1, "an answer, until the request behind it is at the upstream");
         let (least, most) = bench.ends().await?;
-        most.print(&format!("end of {LEASES} leases: late at most by"));
-        least.print(&format!("end of {LEASES} leases: late at least by"));
+        print(&most, &format!("end of {LEASES} leases: late at most by"));
+        print(&least, &format!("end of {LEASES} leases: late at least by"));
         Ok(())
     })
 }
 
-/// How long something took, time and again.
-struct Times(Histogram<u64>);
-
-impl Default for Times {
-    fn default() -> Self {
-        // A minute at three digits is well within what a histogram takes.
-        Times(Histogram::new_with_max(60_000_000, 3).unwrap_or_else(|e| unreachable!("{e}")))
-    }
-}
-
-impl Times {
-    fn take(&mut self, time: Duration) {
-        self.0.saturating_record(u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
-    }
-
-    fn print(&self, what: &str) {
-        let millis = |micros: u64| micros as f64 / 1000.0;
-        let (half, most, all) = (self.0.value_at_quantile(0.5), self.0.value_at_quantile(0.99), self.0.max());
-        println!("{what:<60} {:>9.2} {:>9.2} {:>9.2}", millis(half), millis(most), millis(all));
-    }
+fn print(times: &Times, what: &str) {
+    let [half, most, all] = times.millis();
+    println!("{what:<60} {half:>9.2} {most:>9.2} {all:>9.2}");
 }
 
 /// An authority, and a sidecar before an upstream.

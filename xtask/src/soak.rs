@@ -17,14 +17,14 @@ pub mod watch;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use interlock_testkit::{Envoy, Upstream, tools};
 use tokio::task::JoinSet;
 
-use crate::wasm;
+use crate::{run, wasm};
 use drive::Driver;
 use lag::SLACK;
 
@@ -56,16 +56,12 @@ pub fn run(args: SoakArgs) -> Result<()> {
     }
     // Before the clock runs: the first time this may download an Envoy.
     println!("Envoy: {}", tools::envoy()?.display());
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start Tokio")?;
-    runtime.block_on(soak(&args))
+    run::block_on(soak(&args))
 }
 
 async fn soak(args: &SoakArgs) -> Result<()> {
     let length = Duration::from_secs(args.seconds.unwrap_or(args.minutes.saturating_mul(60)).into());
-    let seed = args.seed.unwrap_or_else(|| {
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        u64::from(now.subsec_nanos()) ^ now.as_secs()
-    });
+    let seed = run::seed(args.seed);
     println!("soak for {length:?} with {} clients, seed {seed}", args.clients);
     // The upstream calls back through an Envoy that has to know the upstream first.
     let (driver_sender, driver) = tokio::sync::watch::channel(None::<Arc<Driver>>);

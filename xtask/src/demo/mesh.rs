@@ -10,6 +10,7 @@ mod stage;
 use anyhow::{Context, Result, bail};
 
 use super::screen::Screen;
+use crate::run;
 use stage::Stage;
 
 /// Plays the three acts.
@@ -17,8 +18,7 @@ use stage::Stage;
 /// # Errors
 /// When something could not be started, or an act did not go as it must.
 pub fn play() -> Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(async {
+    run::block_on(async {
         let screen = Screen::new();
         let mut stage = Stage::set().await.context("the mesh could not be started")?;
         let mut failed = 0;

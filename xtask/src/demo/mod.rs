@@ -19,7 +19,7 @@ use self::bank::Bank;
 use self::cast::Job;
 use self::screen::Screen;
 use self::tally::Tally;
-use crate::wasm;
+use crate::{run, wasm};
 
 /// What each account opens with, in cents.
 const OPENING: u64 = 100_000;
@@ -94,8 +94,7 @@ pub fn run(args: DemoArgs) -> Result<()> {
 }
 
 fn play(rounds: usize) -> Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(async {
+    run::block_on(async {
         let screen = Screen::new();
         let jobs = cast::load(rounds);
         let mut acts = Vec::new();
