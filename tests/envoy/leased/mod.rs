@@ -9,18 +9,14 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use interlock_conformance::need::{self, Aspect};
-use interlock_conformance::{Need, Profile, Report, Verdict, cases};
+use interlock_conformance::{Need, Profile};
 use interlock_testkit::{Client, EnvoyConfig, wait_for_async};
 use serde_json::json;
-use tokio::sync::Semaphore;
-use tokio::task::{JoinSet, LocalSet, spawn_local};
+use tokio::task::LocalSet;
 
 use crate::common::{DEADLINE, Plan, Stage, run};
-use crate::wire::names;
+use crate::wire::{every_case, names};
 use target::Leased;
-
-/// So many cases run at once.
-const AT_ONCE: usize = 12;
 
 /// All that a lock manager can be asked for can be asked for in calls.
 const PROFILE: Profile = Profile {
@@ -73,32 +69,7 @@ fn every_case_that_the_lease_api_can_tell_passes() {
             .await;
             lanes.insert(name, Rc::new(lane));
         }
-        let room = Rc::new(Semaphore::new(AT_ONCE));
-        let mut verdicts = BTreeMap::new();
-        let mut running = JoinSet::new();
-        for (number, case) in cases().iter().enumerate() {
-            if let Some(why) = need::skip(case, &PROFILE) {
-                verdicts.insert(number, Verdict::Skipped(why.to_owned()));
-                continue;
-            }
-            let (lane, room) = (Rc::clone(&lanes[names::lane(case)]), Rc::clone(&room));
-            running.spawn_local(async move {
-                let _place = room.acquire().await.expect("a place");
-                // A task of its own, so that a panic is known by its case.
-                let done = spawn_local(async move {
-                    interlock_conformance::run(case, &PROFILE, &mut Leased::new(number, case, lane)).await
-                });
-                (number, done.await.unwrap_or_else(|panic| Err(panic.to_string())))
-            });
-        }
-        while let Some(done) = running.join_next().await {
-            let (number, done) = done.expect("a case");
-            verdicts.insert(number, done.map_or_else(Verdict::Failed, |()| Verdict::Passed));
-        }
-        let mut report = Report::new(&PROFILE);
-        for (number, verdict) in verdicts {
-            report.add(&cases()[number], &PROFILE, verdict);
-        }
+        let report = every_case(&PROFILE, &lanes, Leased::new).await;
         report.settle(&[]);
         for lane in lanes.values() {
             lane.empty().await;

@@ -11,13 +11,13 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use interlock_conformance::need::{self, Aspect};
-use interlock_conformance::{Need, Profile, Report, Verdict, cases};
+use interlock_conformance::{Case, Need, Profile, Report, Target, Verdict, cases};
 use interlock_testkit::{EnvoyConfig, Route};
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 use tokio::task::{JoinSet, LocalSet, spawn_local};
 
-use crate::common::{Plan, Stage, run};
+use crate::common::{Lane, Plan, Stage, run};
 use target::Wire;
 
 /// So many cases run at once.
@@ -117,46 +117,21 @@ fn settled(config: EnvoyConfig) -> EnvoyConfig {
 
 #[test]
 fn every_case_that_requests_can_tell_passes() {
-    every_case(&STAGE, &PROFILE);
+    on_stage(&STAGE, &PROFILE);
 }
 
 #[test]
 fn every_case_that_requests_can_tell_passes_with_the_locks_at_an_authority() {
-    every_case(&FAR_STAGE, &FAR_PROFILE);
+    on_stage(&FAR_STAGE, &FAR_PROFILE);
 }
 
-fn every_case(stage: &'static Stage, profile: &'static Profile) {
+fn on_stage(stage: &'static Stage, profile: &'static Profile) {
     run(LocalSet::new().run_until(async {
         let mut lanes = BTreeMap::new();
         for name in ["counting", "rejecting", "permits"] {
             lanes.insert(name, Rc::new(stage.lane(name).await));
         }
-        let room = Rc::new(Semaphore::new(AT_ONCE));
-        let mut verdicts = BTreeMap::new();
-        let mut running = JoinSet::new();
-        for (number, case) in cases().iter().enumerate() {
-            if let Some(why) = need::skip(case, profile) {
-                verdicts.insert(number, Verdict::Skipped(why.to_owned()));
-                continue;
-            }
-            let (lane, room) = (Rc::clone(&lanes[names::lane(case)]), Rc::clone(&room));
-            running.spawn_local(async move {
-                let _place = room.acquire().await.expect("a place");
-                // A task of its own, so that a panic is known by its case.
-                let done = spawn_local(async move {
-                    interlock_conformance::run(case, profile, &mut Wire::new(number, case, lane)).await
-                });
-                (number, done.await.unwrap_or_else(|panic| Err(panic.to_string())))
-            });
-        }
-        while let Some(done) = running.join_next().await {
-            let (number, done) = done.expect("a case");
-            verdicts.insert(number, done.map_or_else(Verdict::Failed, |()| Verdict::Passed));
-        }
-        let mut report = Report::new(profile);
-        for (number, verdict) in verdicts {
-            report.add(&cases()[number], profile, verdict);
-        }
+        let report = every_case(profile, &lanes, Wire::new).await;
         report.settle(&SKIPPED);
         for (name, lane) in &lanes {
             // An owner's connection meets one of them; that they all meet the same is out of the question.
@@ -171,4 +146,37 @@ fn every_case(stage: &'static Stage, profile: &'static Profile) {
             }
         }
     }));
+}
+
+/// Runs every case of a profile, many at once, each with a target of its own on one of the lanes.
+pub async fn every_case<T: Target + 'static>(
+    profile: &'static Profile,
+    lanes: &BTreeMap<&'static str, Rc<Lane>>,
+    target: impl Fn(usize, &'static Case, Rc<Lane>) -> T,
+) -> Report {
+    let room = Rc::new(Semaphore::new(AT_ONCE));
+    let mut verdicts = BTreeMap::new();
+    let mut running = JoinSet::new();
+    for (number, case) in cases().iter().enumerate() {
+        if let Some(why) = need::skip(case, profile) {
+            verdicts.insert(number, Verdict::Skipped(why.to_owned()));
+            continue;
+        }
+        let (mut target, room) = (target(number, case, Rc::clone(&lanes[names::lane(case)])), Rc::clone(&room));
+        running.spawn_local(async move {
+            let _place = room.acquire().await.expect("a place");
+            // A task of its own, so that a panic is known by its case.
+            let done = spawn_local(async move { interlock_conformance::run(case, profile, &mut target).await });
+            (number, done.await.unwrap_or_else(|panic| Err(panic.to_string())))
+        });
+    }
+    while let Some(done) = running.join_next().await {
+        let (number, done) = done.expect("a case");
+        verdicts.insert(number, done.map_or_else(Verdict::Failed, |()| Verdict::Passed));
+    }
+    let mut report = Report::new(profile);
+    for (number, verdict) in verdicts {
+        report.add(&cases()[number], profile, verdict);
+    }
+    report
 }
