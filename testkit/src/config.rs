@@ -321,7 +321,10 @@ impl EnvoyConfig {
         let access_log = dir.join("access.log");
         let mut placed = placed.patch_hcm(|hcm| log_to_file(&mut hcm["access_log"], &access_log));
         // Envoy merges histograms when it flushes: every 5 s by default, and a test would wait that long to see one.
-        placed.bootstrap["stats_flush_interval"] = json!("0.2s");
+        let flush = &mut placed.bootstrap["stats_flush_interval"];
+        if flush.is_null() {
+            *flush = json!("0.2s");
+        }
         let listeners = placed.listener_from_file.then(|| placed.deliver_by_file(dir));
         Ok((placed.bootstrap, listeners))
     }

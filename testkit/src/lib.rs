@@ -9,7 +9,7 @@ pub mod client;
 pub mod config;
 pub mod envoy;
 pub mod link;
-mod process;
+pub mod process;
 pub mod raw;
 pub mod relay;
 pub mod stats;

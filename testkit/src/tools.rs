@@ -5,6 +5,7 @@
 
 use std::env;
 use std::ffi::OsStr;
+use std::fmt;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -169,6 +170,44 @@ pub fn node() -> Result<PathBuf> {
     found.context("there is no node, which runs the core's tests as wasm: apt-get install nodejs")
 }
 
+/// h2load, which puts load on a server: `$H2LOAD`, else on PATH, else Debian's.
+pub fn h2load() -> Result<PathBuf> {
+    of_debian("H2LOAD", "h2load", "nghttp2-client")
+}
+
+/// nginx: `$NGINX`, else on PATH, else Debian's.
+pub fn nginx() -> Result<PathBuf> {
+    of_debian("NGINX", "nginx", "nginx")
+}
+
+/// A program that Debian has: what the variable names, else on PATH, else installed (as root).
+pub fn of_debian(variable: &str, name: &str, package: &str) -> Result<PathBuf> {
+    if let Some(path) = env::var_os(variable).map(PathBuf::from) {
+        if !is_executable(&path) {
+            bail!("{variable} names {}, which is not there", path.display());
+        }
+        return Ok(path);
+    }
+    // Where servers are is not on everybody's path.
+    let found = || on_path(name).or_else(|| Some(Path::new("/usr/sbin").join(name)).filter(|file| is_executable(file)));
+    let brought = found().or_else(|| apt_install(package).then(found).flatten());
+    brought.ok_or_else(|| {
+        Missing(format!("there is no {name}: apt-get install {package}, or {variable}=<path to it>")).into()
+    })
+}
+
+/// Why a tool is not there and could not be brought: what goes on without it says so.
+#[derive(Debug)]
+pub struct Missing(pub String);
+
+impl fmt::Display for Missing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Missing {}
+
 /// The target that programs for this machine are built for.
 pub fn host_target() -> Result<String> {
     let rustc = env::var_os("RUSTC").map_or_else(|| PathBuf::from("rustc"), PathBuf::from);
@@ -266,7 +305,7 @@ fn bring(name: &str, file: &str, make: impl FnOnce(&Path) -> Result<()>) -> Resu
 }
 
 /// Installs a Debian package where that can work: as root, with apt-get. Says so, and whether it did.
-fn apt_install(package: &str) -> bool {
+pub fn apt_install(package: &str) -> bool {
     let Some(apt) = on_path("apt-get").filter(|_| nix::unistd::geteuid().is_root()) else { return false };
     eprintln!("installing the Debian package {package}");
     let install = || {

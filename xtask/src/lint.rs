@@ -17,6 +17,8 @@ pub fn run() -> Result<()> {
     cargo(&[&["clippy", "--workspace", "--all-targets"], &deny[..]].concat())?;
     cargo(&[&plugin[..], &deny[..]].concat())?;
     cargo(&[&plugin[..], &["--features", "fault-injection"], &deny[..]].concat())?;
+    let filters = ["clippy", "--package", "bench-filters", "--lib", "--target", wasm::TARGET];
+    cargo(&[&filters[..], &deny[..]].concat())?;
     cargo(&[&core[..], &deny[..]].concat())?;
     cargo(&["doc", "--workspace", "--no-deps"])
 }

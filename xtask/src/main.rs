@@ -1,5 +1,6 @@
 //! `cargo xtask`: the one entry for people and CI. A module a command; what they share of tools is the testkit's.
 
+mod bench;
 mod chaos;
 mod conformance;
 mod crowd;
@@ -52,6 +53,8 @@ enum Task {
     Chaos(chaos::ChaosArgs),
     /// Measure how soon an authority tells of deadlocks, hands locks over and ends leases
     Measure(measure::MeasureArgs),
+    /// Measure what a lock costs, beside what others do instead
+    Bench(bench::BenchArgs),
     /// Fill an Envoy up to the limits of its policy, and show what comes of it
     Crowd(crowd::CrowdArgs),
     /// Show that the tests notice bugs, each seeded one at a time
@@ -77,6 +80,7 @@ fn main() -> ExitCode {
         Task::Soak(args) => soak::run(args),
         Task::Chaos(args) => chaos::run(args),
         Task::Measure(args) => measure::run(&args),
+        Task::Bench(args) => bench::run(&args),
         Task::Crowd(args) => crowd::run(&args),
         Task::Mutants(args) => mutants::run(&args),
         Task::Fuzz(args) => fuzz::run(&args),

@@ -58,6 +58,8 @@ enum Stage {
     Soak,
     /// A hundred faults in an authority and around it
     Chaos,
+    /// One question of the bench, too briefly to tell anything but that it still measures what it says
+    Bench,
     /// The demo, which fails when an act does not end as it must
     Demo,
     /// The demo of a mesh, likewise
@@ -107,6 +109,10 @@ impl Stage {
             // Faster than by hand, and so with fewer grants: something is wrong most of the time.
             Stage::Chaos => {
                 itself(&["chaos", "--no-build", "--faults", "100", "--grants", "0", "--pace", "275", "--callers", "10"])
+            }
+            Stage::Bench => {
+                wasm::make_bench_filters()?;
+                itself(&["bench", "--no-build", "--quick", "--only", "cost", "--rounds", "1", "--millis", "200"])
             }
             Stage::Demo => itself(&["demo", "--no-build"]),
             Stage::Mesh => itself(&["demo", "mesh", "--no-build"]),

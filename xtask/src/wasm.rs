@@ -34,6 +34,7 @@ pub struct WasmArgs {
 
 /// One way to build the plugin.
 struct Build {
+    package: &'static str,
     file: &'static str,
     features: &'static [&'static str],
     /// Where it is built, below the target directory: builds with different features would else undo each other.
@@ -41,11 +42,18 @@ struct Build {
 }
 
 /// The plugin as it ships.
-const SHIPPED: Build = Build { file: "interlock.wasm", features: &[], below: "" };
+const SHIPPED: Build = Build { package: "interlock", file: "interlock.wasm", features: &[], below: "" };
 
 /// The plugin that tests can kill.
-const FAULTS: Build =
-    Build { file: "interlock-faults.wasm", features: &["--features", "fault-injection"], below: "faults" };
+const FAULTS: Build = Build {
+    package: "interlock",
+    file: "interlock-faults.wasm",
+    features: &["--features", "fault-injection"],
+    below: "faults",
+};
+
+/// The filters that the bench compares it with.
+const BENCH_FILTERS: Build = Build { package: "bench-filters", file: "bench-filters.wasm", features: &[], below: "" };
 
 pub fn run(args: &WasmArgs) -> Result<()> {
     tools::rust_targets(&[TARGET])?;
@@ -66,6 +74,17 @@ pub fn shipped() -> Result<()> {
     SHIPPED.make(optimizer.as_deref())
 }
 
+/// Builds the filters that the bench compares the plugin with.
+pub fn make_bench_filters() -> Result<()> {
+    tools::rust_targets(&[TARGET])?;
+    BENCH_FILTERS.make(tools::wasm_opt().as_deref())
+}
+
+/// Where they are.
+pub fn bench_filters() -> PathBuf {
+    tools::root().join("dist").join(BENCH_FILTERS.file)
+}
+
 impl Build {
     fn target_dir(&self) -> PathBuf {
         let set = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
@@ -80,7 +99,7 @@ impl Build {
             "--profile",
             PROFILE,
             "--package",
-            "interlock",
+            self.package,
             "--lib",
             "--target",
             TARGET,
@@ -92,7 +111,8 @@ impl Build {
 
     fn make(&self, optimizer: Option<&Path>) -> Result<()> {
         tools::run(&mut self.cargo("build"))?;
-        let built = self.target_dir().join(TARGET).join(PROFILE).join("interlock.wasm");
+        let built =
+            self.target_dir().join(TARGET).join(PROFILE).join(format!("{}.wasm", self.package.replace('-', "_")));
         let dist = tools::root().join("dist");
         fs::create_dir_all(&dist)?;
         // Renamed into place, so that an Envoy that starts meanwhile reads the old plugin or the new one.

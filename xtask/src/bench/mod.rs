@@ -1,0 +1,154 @@
+//! `cargo xtask bench`: what a lock costs, side by side with what others do instead, in one run on one machine.
+//!
+//! Everything is measured in turns, so that what else the machine does hits all alike, and told as ratios with their spread: see
+//! docs/performance.md. What can't be brought is skipped, and said to be.
+
+mod chart;
+mod load;
+mod machine;
+mod overhead;
+mod pairs;
+mod proxies;
+mod report;
+mod servers;
+mod targets;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use clap::{Args, ValueEnum};
+use interlock_testkit::tools;
+use serde_json::json;
+
+use crate::{run, wasm};
+use pairs::Pace;
+use report::{Finding, Findings};
+
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// Answer only this question; may be given several times
+    #[arg(long, value_name = "QUESTION")]
+    only: Vec<Question>,
+    /// Take less than five minutes, for numbers that scatter more
+    #[arg(long)]
+    quick: bool,
+    /// How often each thing is measured, instead of 12 times (4 with --quick)
+    #[arg(long)]
+    rounds: Option<usize>,
+    /// How long each measurement takes, in milliseconds, instead of 1500 (400 with --quick)
+    #[arg(long)]
+    millis: Option<u64>,
+    /// Write all numbers into this file too
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Draw a chart a question (SVG) into this folder
+    #[arg(long, value_name = "FOLDER", default_value = "dist/bench")]
+    charts: PathBuf,
+    /// Use the plugin that is there instead of building it
+    #[arg(long)]
+    no_build: bool,
+}
+
+/// What is asked. In the order it is asked in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Question {
+    /// What a local lock adds to a request, beside a filter that does nothing
+    Cost,
+    /// Several locks, by rule and by header, and locks that many want
+    Locks,
+    /// Two workers, which share the lock table
+    Workers,
+    /// An authority's lock, beside bare calls, ext_authz, and Lua with Webdis and Redis
+    Remote,
+}
+
+impl Question {
+    fn name(self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+
+    async fn ask(self, pace: Pace) -> Result<Finding> {
+        match self {
+            Question::Cost => overhead::cost(pace).await,
+            Question::Locks => overhead::locks(pace).await,
+            Question::Workers => overhead::workers(pace).await,
+            Question::Remote => overhead::remote(pace).await,
+        }
+    }
+}
+
+pub fn run(args: &BenchArgs) -> Result<()> {
+    if !args.no_build {
+        if std::env::var_os("INTERLOCK_WASM").is_none() {
+            wasm::shipped()?;
+        }
+        wasm::make_bench_filters()?;
+    }
+    let plugin = tools::plugin_wasm()?;
+    let machine = machine::described();
+    let pace = args.pace();
+    println!(
+        "{machine}; {} rounds of {} ms; Envoy: {}\n",
+        pace.rounds,
+        pace.time.as_millis(),
+        tools::envoy()?.display()
+    );
+    let start = Instant::now();
+    let findings = run::block_on(args.ask(pace))?;
+    let verdicts = report::verdicts(targets::TARGETS, &findings);
+    println!("{}", report::judged(&verdicts));
+    println!("took {:.0} s", start.elapsed().as_secs_f32());
+    if let Some(file) = &args.json {
+        let all = json!({
+            "machine": machine,
+            "envoy": tools::ENVOY_VERSION,
+            "plugin_bytes": fs::metadata(&plugin)?.len(),
+            "rounds": pace.rounds,
+            "millis": pace.time.as_millis() as u64,
+            "findings": findings.0.values().collect::<Vec<_>>(),
+            "targets": verdicts,
+        });
+        fs::write(file, serde_json::to_vec_pretty(&all)?)
+            .with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    Ok(())
+}
+
+impl BenchArgs {
+    fn pace(&self) -> Pace {
+        let (rounds, millis) = if self.quick { (4, 400) } else { (12, 1500) };
+        Pace {
+            rounds: self.rounds.unwrap_or(rounds).max(1),
+            warm_up: Duration::from_millis(if self.quick { 150 } else { 300 }),
+            time: Duration::from_millis(self.millis.unwrap_or(millis).max(50)),
+        }
+    }
+
+    /// Asks what is to be asked, and tells each answer at once.
+    async fn ask(&self, pace: Pace) -> Result<Findings> {
+        let charts = tools::root().join(&self.charts);
+        let mut findings = Findings::default();
+        let wanted = |question: &&Question| self.only.is_empty() || self.only.contains(question);
+        for question in Question::value_variants().iter().filter(wanted) {
+            let name = question.name();
+            let finding = question.ask(pace).await.or_else(|why| {
+                let mut finding = Finding::new(&name, &name, &[]);
+                finding.skip("all of it", why)?;
+                anyhow::Ok(finding)
+            });
+            let finding = finding.with_context(|| format!("the question {name}"))?;
+            println!("{}", finding.markdown());
+            draw(&finding, &charts)?;
+            findings.0.insert(name, finding);
+        }
+        Ok(findings)
+    }
+}
+
+fn draw(finding: &Finding, charts: &Path) -> Result<()> {
+    fs::create_dir_all(charts).with_context(|| format!("cannot make {}", charts.display()))?;
+    let file = charts.join(format!("{}.svg", finding.question));
+    chart::draw(finding, finding.charted, &file)
+}

@@ -1,0 +1,143 @@
+//! The servers of others that the bench compares with or puts behind a proxy: nginx, Redis, Webdis. On loopback, on ports
+//! that were free a moment ago, each in a folder of its own and gone with the value that stands for it.
+
+use std::fs::File;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use interlock_testkit::{process, tools};
+use tempfile::TempDir;
+
+/// How long one may take to serve.
+const START: Duration = Duration::from_secs(20);
+/// How long one may take to end.
+const STOP: Duration = Duration::from_secs(5);
+
+/// A running server.
+pub struct Server {
+    child: Child,
+    pub address: SocketAddr,
+    _dir: TempDir,
+}
+
+impl Server {
+    /// The process's id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Starts what `command` makes for a folder and an address, and waits until somebody listens there.
+    pub async fn start(name: &str, command: impl FnOnce(&Path, SocketAddr) -> Result<Command>) -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix(&format!("interlock-{name}-")).tempdir()?;
+        let address = free_address()?;
+        let log = File::create(dir.path().join("log"))?;
+        let mut command = command(dir.path(), address)?;
+        command.current_dir(dir.path()).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        let child = process::spawn(command).with_context(|| format!("cannot start {name}"))?;
+        let mut server = Server { child, address, _dir: dir };
+        let start = Instant::now();
+        while TcpStream::connect(address).is_err() {
+            if server.child.try_wait()?.is_some() || start.elapsed() > START {
+                let log = std::fs::read(server._dir.path().join("log")).unwrap_or_default();
+                bail!("{name} does not serve: {}", String::from_utf8_lossy(&log));
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(server)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Nothing can be done about a process that can't be ended.
+        let _ = process::terminate(&mut self.child, STOP);
+    }
+}
+
+fn free_address() -> Result<SocketAddr> {
+    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?)
+}
+
+/// An nginx of one process, with this inside of `http { }`; `LISTEN` stands for its address.
+pub async fn nginx(http: &str, modules: &[&str]) -> Result<Server> {
+    let nginx = tools::nginx()?;
+    let modules = modules.iter().map(|module| nginx_module(module)).collect::<Result<String>>()?;
+    Server::start("nginx", |dir, address| {
+        let temporary =
+            ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"].map(|kind| format!("{kind}_temp_path {kind};\n"));
+        let config = format!(
+            "{modules}daemon off; master_process off; pid pid; error_log stderr warn;\n\
+             events {{ worker_connections 8192; }}\n\
+             http {{\naccess_log off; keepalive_requests 1000000000; keepalive_timeout 1h;\n{}{}\n}}\n",
+            temporary.concat(),
+            http.replace("LISTEN", &address.to_string()),
+        );
+        let file = dir.join("nginx.conf");
+        std::fs::write(&file, config)?;
+        let mut command = Command::new(nginx);
+        command.arg("-p").arg(dir).arg("-c").arg(file).args(["-e", "stderr"]);
+        Ok(command)
+    })
+    .await
+}
+
+fn nginx_module(name: &str) -> Result<String> {
+    let file = Path::new("/usr/lib/nginx/modules").join(name);
+    let package = "libnginx-mod-http-lua";
+    if !(file.is_file() || tools::apt_install(package) && file.is_file()) {
+        let why = format!("there is no {}: apt-get install {package}", file.display());
+        return Err(tools::Missing(why).into());
+    }
+    Ok(format!("load_module {};\n", file.display()))
+}
+
+/// What answers: the least that a request can be for an upstream, over HTTP/1.1.
+pub async fn upstream() -> Result<Server> {
+    nginx("server { listen LISTEN; location / { return 200 ok; } }", &[]).await
+}
+
+/// What answers calls, over HTTP/2.
+pub async fn answerer() -> Result<Server> {
+    nginx("server { listen LISTEN http2; location / { return 200 ok; } }", &[]).await
+}
+
+/// A Redis that keeps nothing on disk.
+pub async fn redis() -> Result<Server> {
+    let redis = tools::of_debian("REDIS_SERVER", "redis-server", "redis-server")?;
+    Server::start("redis", |_, address| {
+        let mut command = Command::new(redis);
+        command.args([
+            "--bind",
+            "127.0.0.1",
+            "--port",
+            &address.port().to_string(),
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+        ]);
+        Ok(command)
+    })
+    .await
+}
+
+/// Webdis, which speaks HTTP for a Redis.
+pub async fn webdis(redis: SocketAddr) -> Result<Server> {
+    let webdis = tools::of_debian("WEBDIS", "webdis", "webdis")?;
+    Server::start("webdis", |dir, address| {
+        let config = serde_json::json!({
+            "redis_host": redis.ip(), "redis_port": redis.port(), "http_host": address.ip(), "http_port": address.port(),
+            "threads": 1, "pool_size": 16, "daemonize": false, "websockets": false, "database": 0, "verbosity": 1,
+            "logfile": dir.join("webdis.log"), "acl": [],
+        });
+        let file = dir.join("webdis.json");
+        std::fs::write(&file, config.to_string())?;
+        let mut command = Command::new(webdis);
+        command.arg(file);
+        Ok(command)
+    })
+    .await
+}
