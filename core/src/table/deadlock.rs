@@ -19,15 +19,20 @@ impl Table {
     ) -> Result<(), Cause> {
         // With old heartbeats a living lease could look ended, and its edge would be missed.
         self.refresh(scene)?;
-        let mut reader = StoreReader { scene, sessions: &self.sessions, by };
         for _ in 0..store::MAX_TRIES {
+            let mut reader = StoreReader { scene, sessions: &self.sessions, by };
             match cycle::search(&mut reader, owner, by)? {
                 Search::Clear => return Ok(()),
-                Search::Cycle(steps) if bug!(PhantomRefused) || cycle::confirm(&mut reader, &steps)? => {
-                    return Err(Cause::Deadlock { cycle: cycle::edges(steps) });
+                Search::Cycle(steps) => {
+                    // Of a worker that stood still in the middle, others may have forgotten whose leases are over.
+                    self.fresh = false;
+                    self.refresh(scene)?;
+                    let mut reader = StoreReader { scene, sessions: &self.sessions, by };
+                    if bug!(PhantomRefused) || cycle::confirm(&mut reader, &steps)? {
+                        return Err(Cause::Deadlock { cycle: cycle::edges(steps) });
+                    }
+                    // It was gone at the second look. There may be another one that the search did not come to.
                 }
-                // It was gone at the second look. There may be another one that the search did not come to.
-                Search::Cycle(_) => {}
                 Search::TooLong if bug!(LongChainPasses) => return Ok(()),
                 Search::TooLong => {
                     let value = u64::try_from(cycle::MAX_OWNERS).unwrap_or(u64::MAX);
