@@ -36,6 +36,11 @@ impl Times {
         self.0.saturating_record(u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
     }
 
+    /// How often.
+    pub fn count(&self) -> u64 {
+        self.0.len()
+    }
+
     /// The median, the 99th percentile and the longest, in milliseconds.
     pub fn millis(&self) -> [f64; 3] {
         let micros = [self.0.value_at_quantile(0.5), self.0.value_at_quantile(0.99), self.0.max()];

@@ -4,13 +4,18 @@
 //! docs/performance.md. What can't be brought is skipped, and said to be.
 
 mod chart;
+mod crowds;
+mod footprint;
+mod handover;
 mod load;
 mod machine;
+mod nginx;
 mod overhead;
 mod pairs;
 mod proxies;
 mod report;
 mod servers;
+mod services;
 mod targets;
 
 use std::fs;
@@ -62,11 +67,24 @@ enum Question {
     Workers,
     /// An authority's lock, beside bare calls, ext_authz, and Lua with Webdis and Redis
     Remote,
+    /// A lock in nginx, each proxy beside itself without a lock
+    Nginx,
+    /// Lock services without a proxy: the lease API, Redis, etcd
+    Services,
+    /// One lock that many want: from a release to the next grant, and how evenly they wait
+    Handover,
+    /// Start-up, sizes and memory: of a VM, a lock, a waiter
+    Footprint,
 }
 
 impl Question {
     fn name(self) -> String {
         self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+
+    /// Whether it is not h2load that asks.
+    fn has_clients(self) -> bool {
+        matches!(self, Question::Services | Question::Handover)
     }
 
     async fn ask(self, pace: Pace) -> Result<Finding> {
@@ -75,11 +93,21 @@ impl Question {
             Question::Locks => overhead::locks(pace).await,
             Question::Workers => overhead::workers(pace).await,
             Question::Remote => overhead::remote(pace).await,
+            Question::Nginx => nginx::beside(pace).await,
+            Question::Services => crowds::services(pace).await,
+            Question::Handover => handover::hand_over(pace).await,
+            Question::Footprint => footprint::footprint(pace).await,
         }
     }
 }
 
 pub fn run(args: &BenchArgs) -> Result<()> {
+    // Clients of our own must not be slower than what they ask.
+    if cfg!(debug_assertions) && args.questions().any(Question::has_clients) {
+        let mut cargo = tools::cargo();
+        cargo.args(["run", "--quiet", "--profile", "bench-clients", "--package", "xtask", "--"]);
+        return tools::run(cargo.args(std::env::args_os().skip(1)));
+    }
     if !args.no_build {
         if std::env::var_os("INTERLOCK_WASM").is_none() {
             wasm::shipped()?;
@@ -126,12 +154,16 @@ impl BenchArgs {
         }
     }
 
+    fn questions(&self) -> impl Iterator<Item = Question> {
+        let wanted = |question: &Question| self.only.is_empty() || self.only.contains(question);
+        Question::value_variants().iter().copied().filter(wanted)
+    }
+
     /// Asks what is to be asked, and tells each answer at once.
     async fn ask(&self, pace: Pace) -> Result<Findings> {
         let charts = tools::root().join(&self.charts);
         let mut findings = Findings::default();
-        let wanted = |question: &&Question| self.only.is_empty() || self.only.contains(question);
-        for question in Question::value_variants().iter().filter(wanted) {
+        for question in self.questions() {
             let name = question.name();
             let finding = question.ask(pace).await.or_else(|why| {
                 let mut finding = Finding::new(&name, &name, &[]);

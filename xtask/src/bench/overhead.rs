@@ -4,6 +4,7 @@ use anyhow::Result;
 use serde_json::json;
 
 use super::machine::Cores;
+use super::nginx;
 use super::pairs::{COLUMNS, Field, Must, Pace, Variant};
 use super::proxies::{self, Process, Proxy};
 use super::report::Finding;
@@ -13,7 +14,7 @@ use super::servers::{self, Server};
 pub async fn cost(pace: Pace) -> Result<Finding> {
     let title = "One Envoy worker: what a lock in the proxy costs";
     let mut finding = Finding::new("cost", title, &COLUMNS);
-    let upstream = servers::upstream().await?;
+    let upstream = nginx::upstream().await?;
     let local = proxies::interlock(&proxies::policy(json!({ "local": {} })))?;
     let field = Field {
         proxies: vec![
@@ -44,7 +45,7 @@ pub const LOCAL_TO_NO_OP: &str = "a local lock, to the filter that does nothing"
 /// More than one lock, locks that others want as well, and locks that a header asks for.
 pub async fn locks(pace: Pace) -> Result<Finding> {
     let mut finding = Finding::new("locks", "One Envoy worker: kinds and numbers of local locks", &COLUMNS);
-    let upstream = servers::upstream().await?;
+    let upstream = nginx::upstream().await?;
     let local = proxies::interlock(&proxies::policy(json!({ "local": {} })))?;
     let header = proxies::set_header("lock", "order/%REQ(X-REQUEST-ID)%");
     let keys = |name: &str, count: usize| {
@@ -85,7 +86,7 @@ pub const EIGHT_LOCKS: &str = "8 locks, to the filter that does nothing";
 /// The same with two workers, which share the lock table.
 pub async fn workers(pace: Pace) -> Result<Finding> {
     let mut finding = Finding::new("workers", "Two Envoy workers", &COLUMNS);
-    let upstream = servers::upstream().await?;
+    let upstream = nginx::upstream().await?;
     let local = proxies::interlock(&proxies::policy(json!({ "local": {} })))?;
     let two = async |filters: &[serde_json::Value]| {
         let config = proxies::config(&upstream, filters).concurrency(2);
@@ -112,8 +113,8 @@ pub async fn workers(pace: Pace) -> Result<Finding> {
 /// Locks that are kept elsewhere, and what asking elsewhere costs at least.
 pub async fn remote(pace: Pace) -> Result<Finding> {
     let mut finding = Finding::new("remote", "One Envoy worker: locks that another process keeps", &COLUMNS);
-    let upstream = servers::upstream().await?;
-    let answerer = servers::answerer().await?;
+    let upstream = nginx::upstream().await?;
+    let answerer = nginx::answerer().await?;
     let calling = async |filter: serde_json::Value| {
         let config = proxies::http2(proxies::config(&upstream, &[filter]), "answerer", answerer.address);
         anyhow::Ok(Proxy::new(proxies::envoy(config).await?, Vec::new()))
@@ -171,7 +172,8 @@ async fn lua_and_webdis(upstream: &Server) -> Result<Proxy> {
     Ok(Proxy::new(proxies::envoy(config).await?, beside))
 }
 
-async fn plain(upstream: &Server, filters: &[serde_json::Value]) -> Result<Proxy> {
+/// A plain Envoy with these filters.
+pub async fn plain(upstream: &Server, filters: &[serde_json::Value]) -> Result<Proxy> {
     Ok(Proxy::new(proxies::envoy(proxies::config(upstream, filters)).await?, Vec::new()))
 }
 

@@ -84,8 +84,9 @@ struct Sample {
 }
 
 /// The columns of what is told.
-pub const COLUMNS: [(&str, Unit); 10] = [
+pub const COLUMNS: [(&str, Unit); 11] = [
     (OF_BASELINE, Unit::Ratio),
+    (BY_CPU, Unit::Ratio),
     ("requests/s", Unit::PerSecond),
     ("CPU µs", Unit::Micros),
     (MORE_CPU, Unit::Micros),
@@ -97,8 +98,10 @@ pub const COLUMNS: [(&str, Unit); 10] = [
     ("other cores busy", Unit::Ratio),
 ];
 /// So many of them are in the table; the others are in the JSON.
-const SHOWN: usize = 6;
+const SHOWN: usize = 7;
 pub const OF_BASELINE: &str = "throughput";
+/// The baseline's CPU time a request to its own: what the throughput is where nothing but the proxy's CPU limits it.
+pub const BY_CPU: &str = "by CPU";
 pub const MORE_CPU: &str = "CPU µs added";
 
 impl Field {
@@ -127,6 +130,7 @@ impl Field {
                 name,
                 &[
                     each(|mine, theirs| mine.rate / theirs.rate),
+                    each(|mine, theirs| theirs.cpu / mine.cpu),
                     each(|mine, _| mine.rate),
                     each(|mine, _| mine.cpu),
                     each(|mine, theirs| mine.cpu - theirs.cpu),

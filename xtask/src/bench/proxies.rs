@@ -188,12 +188,17 @@ pub fn http2(config: EnvoyConfig, name: &str, address: SocketAddr) -> EnvoyConfi
 
 /// An authority that grants.
 pub async fn authority(workers: u32) -> Result<Process> {
+    authority_within(workers, json!({ "max_wait": "30s", "max_ttl": "2s" })).await
+}
+
+/// One with these limits. It grants nothing until the longest lease of a predecessor would have ended.
+pub async fn authority_within(workers: u32, limits: Value) -> Result<Process> {
     let policy = json!({
         "instance": "authority",
         "api": { "prefix": "/interlock/v1" },
         "keys": [{ "id": "bench", "secret": { "env": "INTERLOCK_KEY" } }],
         "defaults": { "wait": "20s", "ttl": "2s", "hold": "1h" },
-        "limits": { "max_wait": "30s", "max_ttl": "2s" },
+        "limits": limits,
     });
     let mut filter = interlock(&policy)?;
     filter["typed_config"]["config"]["allow_on_headers_stop_iteration"] = json!(true);

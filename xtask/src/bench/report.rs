@@ -42,6 +42,7 @@ pub enum Unit {
     PerSecond,
     Micros,
     Millis,
+    Kib,
 }
 
 impl Unit {
@@ -49,7 +50,7 @@ impl Unit {
         match self {
             Unit::Ratio => format!("{value:.3}"),
             Unit::PerSecond => format!("{value:.0}"),
-            Unit::Micros => format!("{value:.1}"),
+            Unit::Micros | Unit::Kib => format!("{value:.1}"),
             Unit::Millis => format!("{value:.3}"),
         }
     }

@@ -31,7 +31,17 @@ impl Server {
 
     /// Starts what `command` makes for a folder and an address, and waits until somebody listens there.
     pub async fn start(name: &str, command: impl FnOnce(&Path, SocketAddr) -> Result<Command>) -> Result<Self> {
-        let dir = tempfile::Builder::new().prefix(&format!("interlock-{name}-")).tempdir()?;
+        Self::start_in(name, None, command).await
+    }
+
+    /// The same with its folder below this one.
+    pub async fn start_in(
+        name: &str,
+        base: Option<&Path>,
+        command: impl FnOnce(&Path, SocketAddr) -> Result<Command>,
+    ) -> Result<Self> {
+        let base = base.map_or_else(std::env::temp_dir, Path::to_owned);
+        let dir = tempfile::Builder::new().prefix(&format!("interlock-{name}-")).tempdir_in(base)?;
         let address = free_address()?;
         let log = File::create(dir.path().join("log"))?;
         let mut command = command(dir.path(), address)?;
@@ -57,51 +67,9 @@ impl Drop for Server {
     }
 }
 
-fn free_address() -> Result<SocketAddr> {
+/// An address that was free a moment ago.
+pub fn free_address() -> Result<SocketAddr> {
     Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?)
-}
-
-/// An nginx of one process, with this inside of `http { }`; `LISTEN` stands for its address.
-pub async fn nginx(http: &str, modules: &[&str]) -> Result<Server> {
-    let nginx = tools::nginx()?;
-    let modules = modules.iter().map(|module| nginx_module(module)).collect::<Result<String>>()?;
-    Server::start("nginx", |dir, address| {
-        let temporary =
-            ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"].map(|kind| format!("{kind}_temp_path {kind};\n"));
-        let config = format!(
-            "{modules}daemon off; master_process off; pid pid; error_log stderr warn;\n\
-             events {{ worker_connections 8192; }}\n\
-             http {{\naccess_log off; keepalive_requests 1000000000; keepalive_timeout 1h;\n{}{}\n}}\n",
-            temporary.concat(),
-            http.replace("LISTEN", &address.to_string()),
-        );
-        let file = dir.join("nginx.conf");
-        std::fs::write(&file, config)?;
-        let mut command = Command::new(nginx);
-        command.arg("-p").arg(dir).arg("-c").arg(file).args(["-e", "stderr"]);
-        Ok(command)
-    })
-    .await
-}
-
-fn nginx_module(name: &str) -> Result<String> {
-    let file = Path::new("/usr/lib/nginx/modules").join(name);
-    let package = "libnginx-mod-http-lua";
-    if !(file.is_file() || tools::apt_install(package) && file.is_file()) {
-        let why = format!("there is no {}: apt-get install {package}", file.display());
-        return Err(tools::Missing(why).into());
-    }
-    Ok(format!("load_module {};\n", file.display()))
-}
-
-/// What answers: the least that a request can be for an upstream, over HTTP/1.1.
-pub async fn upstream() -> Result<Server> {
-    nginx("server { listen LISTEN; location / { return 200 ok; } }", &[]).await
-}
-
-/// What answers calls, over HTTP/2.
-pub async fn answerer() -> Result<Server> {
-    nginx("server { listen LISTEN http2; location / { return 200 ok; } }", &[]).await
 }
 
 /// A Redis that keeps nothing on disk.
