@@ -188,7 +188,7 @@ pub async fn go_round(kind: Kind, address: SocketAddr, waiters: usize, time: Dur
                 let granted = Instant::now();
                 let turn = ring.0.lock().await.granted(asked, granted);
                 ring.1.notify_waiters();
-                tokio::time::sleep(hold(kind)).await;
+                tokio::time::sleep(hold(kind, waiters)).await;
                 ring.0.lock().await.released = Some(Instant::now());
                 asker.release(&lock, token).await?;
                 while ring.0.lock().await.turns == turn {
@@ -210,10 +210,12 @@ pub async fn go_round(kind: Kind, address: SocketAddr, waiters: usize, time: Dur
 /// Long enough that all that wait are there.
 const HOLD: Duration = Duration::from_millis(2);
 
-/// How long a lock is held. Where it is polled for, the release comes at any moment between two tries.
-fn hold(kind: Kind) -> Duration {
+/// How long a lock is held. Where it is polled for, the release comes at any moment between two tries. An etcd tells a watch that begins
+/// what happens only after up to 0.1 s: where few wait, they have waited for longer than that.
+fn hold(kind: Kind, waiters: usize) -> Duration {
     match kind {
         Kind::Redis => HOLD + POLL.mul_f64(fastrand::f64()),
+        Kind::EtcdLock if waiters <= 2 => Duration::from_millis(120),
         _ => HOLD,
     }
 }

@@ -117,8 +117,9 @@ pub async fn hand_over(pace: Pace) -> Result<Finding> {
     }
     finding.row(CALL, &[call.iter().map(|c| c[0]).collect(), call.iter().map(|c| c[1]).collect(), Vec::new()]);
     finding.note(
-        "In Envoy and nginx each holder asks again at once; the upstream answers at once. Clients of services hold the lock for 2 ms (where it is \
-         polled for, up to 0.1 s longer) and ask again when another one has it.",
+        "In Envoy and nginx each holder asks again at once; the upstream answers at once. Clients of services hold the lock for 2 ms and ask \
+         again when another one has it. Where it is polled for they hold it for up to 0.1 s longer; and for 0.12 s where one or two wait for etcd, \
+         which tells a new watch only after up to 0.1 s.",
     );
     Ok(finding)
 }
@@ -198,7 +199,9 @@ impl Subject {
                 let before = proxies::acquired(envoy).await?;
                 let (requests, waits) = requests(envoy, waiters + 1, pace, cores).await?;
                 let granted = proxies::acquired(envoy).await? - before;
-                ensure!(granted >= requests.len() as u64, "{} requests, {granted} grants", requests.len());
+                // Some of the last load may have been answered only now.
+                let answers = requests.len() as u64;
+                ensure!(granted + u64::from(waiters) + 1 >= answers, "{answers} answers, {granted} grants");
                 let [half, most, _] = hand_overs(requests).millis();
                 Ok(Turn { hand_over: Some([half, most]), waits })
             }

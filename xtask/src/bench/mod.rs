@@ -39,7 +39,7 @@ pub struct BenchArgs {
     /// Take less than five minutes, for numbers that scatter more
     #[arg(long)]
     quick: bool,
-    /// How often each thing is measured, instead of 12 times (4 with --quick)
+    /// How often each thing is measured, instead of 12 times (3 with --quick)
     #[arg(long)]
     rounds: Option<usize>,
     /// How long each measurement takes, in milliseconds, instead of 1500 (400 with --quick)
@@ -146,7 +146,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
 
 impl BenchArgs {
     fn pace(&self) -> Pace {
-        let (rounds, millis) = if self.quick { (4, 400) } else { (12, 1500) };
+        let (rounds, millis) = if self.quick { (3, 400) } else { (12, 1500) };
         Pace {
             rounds: self.rounds.unwrap_or(rounds).max(1),
             warm_up: Duration::from_millis(if self.quick { 150 } else { 300 }),

@@ -50,7 +50,8 @@ impl Unit {
         match self {
             Unit::Ratio => format!("{value:.3}"),
             Unit::PerSecond => format!("{value:.0}"),
-            Unit::Micros | Unit::Kib => format!("{value:.1}"),
+            Unit::Micros => format!("{value:.1}"),
+            Unit::Kib => format!("{value:.2}"),
             Unit::Millis => format!("{value:.3}"),
         }
     }
