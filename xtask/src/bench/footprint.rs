@@ -1,10 +1,11 @@
 //! What Interlock takes before and beside requests: time at start-up, the size of its file, memory a VM, a lock and a waiter.
 //!
-//! Memory is the resident memory of the process, before and after.
+//! Memory is the resident memory of the process, before and after; that of locks, which is too little to be seen there, what Envoy has
+//! allocated: the lock table is in its shared data.
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use hyper::Method;
 use interlock_testkit::{Client, Envoy, tools};
 use serde_json::{Value, json};
@@ -71,7 +72,7 @@ pub async fn footprint(pace: Pace) -> Result<Finding> {
     finding.row("a lock that is held", &[vec![], vec![], vec![], vec![lock], vec![]]);
     finding.row("a lease that waits", &[vec![], vec![], vec![], vec![waiter], vec![]]);
     finding.note(format!(
-        "A VM for each worker and one for the main thread. Locks: {LOCKS} at an authority, {EACH} a lease. Waiters: {WAITERS}, \
+        "A VM for each worker and one for the main thread. Locks: {LOCKS} at an authority, {EACH} a lease, of what Envoy has allocated. Waiters: {WAITERS}, \
          {LINE} for a lock; what Envoy needs for each one's request is in it."
     ));
     Ok(finding)
@@ -98,12 +99,17 @@ async fn crowd() -> Result<(f64, f64)> {
     let client = Client::http2();
     // So that what the first use of everything takes is not counted.
     granted(put(authority, &client, 0, vec!["warm/up".to_owned()]).send().await?.status)?;
-    let empty = kib(authority)?;
+    let empty = allocated(authority).await?;
     for lease in 1..=LOCKS / EACH {
         let names = (0..EACH).map(|n| format!("held/{lease}/{n}")).collect();
         granted(put(authority, &client, lease, names).send().await?.status)?;
     }
-    let held = kib(authority)?;
+    let (start, all) = (Instant::now(), u64::from(LOCKS));
+    while gauge(authority, "held").await? < all {
+        ensure!(start.elapsed() < PATIENCE, "only {} of {LOCKS} are held", gauge(authority, "held").await?);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let (held, calm) = (allocated(authority).await?, kib(authority)?);
     let clients: Vec<_> = (0..WAITERS.div_ceil(STREAMS)).map(|_| Client::http2()).collect();
     let waiting: Vec<_> = (0..WAITERS)
         .map(|waiter| {
@@ -113,19 +119,26 @@ async fn crowd() -> Result<(f64, f64)> {
         })
         .collect();
     let (start, all) = (Instant::now(), u64::from(WAITERS));
-    while waits(authority).await? < all {
-        ensure!(start.elapsed() < PATIENCE, "only {} of {WAITERS} wait", waits(authority).await?);
+    while gauge(authority, "waiting").await? < all {
+        ensure!(start.elapsed() < PATIENCE, "only {} of {WAITERS} wait", gauge(authority, "waiting").await?);
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     let crowded = kib(authority)?;
     drop(waiting);
-    Ok(((held - empty) / f64::from(LOCKS), (crowded - held) / f64::from(WAITERS)))
+    Ok(((held - empty) / f64::from(LOCKS), (crowded - calm) / f64::from(WAITERS)))
 }
 
-/// How many wait, of all classes.
-async fn waits(envoy: &Envoy) -> Result<u64> {
-    let all = envoy.stats().await?;
-    Ok(all.iter().filter(|(name, _)| name.starts_with("wasmcustom.interlock_waiting")).map(|(_, count)| count).sum())
+/// What one of our gauges says, of all classes.
+async fn gauge(envoy: &Envoy, name: &str) -> Result<u64> {
+    let (all, name) = (envoy.stats().await?, format!("wasmcustom.interlock_{name}"));
+    Ok(all.iter().filter(|(full, _)| full.starts_with(&name)).map(|(_, count)| count).sum())
+}
+
+/// What Envoy has allocated, in KiB; without the memory of its VMs.
+async fn allocated(envoy: &Envoy) -> Result<f64> {
+    let told: Value = serde_json::from_str(&envoy.admin_get("/memory").await?)?;
+    let bytes: u64 = told["allocated"].as_str().context("Envoy does not say what it has allocated")?.parse()?;
+    Ok(bytes as f64 / 1024.0)
 }
 
 fn put(authority: &Envoy, client: &Client, lease: u32, names: Vec<String>) -> interlock_testkit::client::Ask {
