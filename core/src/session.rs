@@ -52,7 +52,7 @@ pub struct Sessions {
     members: Vec<Member>,
     house: Option<House>,
     longest_ttl: Duration,
-    revived: Time,
+    doubted: Time,
     born: Option<Time>,
     detached: u32,
 }
@@ -128,15 +128,15 @@ impl Sessions {
         self.members.len() < before
     }
 
-    /// Notes that a member beats again after it was silent for so long that entries of its looked ended, to searches for
-    /// cycles among others.
-    pub fn revive(&mut self, now: Time) {
-        self.revived = self.revived.max(now);
+    /// Notes that searches for cycles may have missed edges up to now: because a member beats again after it was silent for so
+    /// long that entries of its looked ended, or because edges were drawn under an upgrade that is given up.
+    pub fn doubt_searches(&mut self, now: Time) {
+        self.doubted = self.doubted.max(now);
     }
 
-    /// When a member last came back like that. A search from before may have missed edges.
-    pub fn revived(&self) -> Time {
-        self.revived
+    /// Searches up to this moment may have missed edges.
+    pub fn doubted(&self) -> Time {
+        self.doubted
     }
 
     /// Decides whether `candidate` keeps house from now on. A keeper stays as long as it beats, unless it is busy with

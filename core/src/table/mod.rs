@@ -217,7 +217,9 @@ impl Table {
                                 let retry_after = Duration::from_millis(1);
                                 cause = Cause::Held { holders: Vec::new(), retry_after };
                             }
-                            return self.refuse_at(scene, claim, None, cause);
+                            let refused = self.refuse_at(scene, claim, None, cause);
+                            self.doubt_searches(scene, &want.name, &owner);
+                            return refused;
                         }
                         // Where the store fails, those who wait find out when they are polled.
                         let _ = self.tidy_lock(scene, &want.name, None);
@@ -231,7 +233,7 @@ impl Table {
                     }
                     // Whoever draws an edge searches. What stood here has searched when it came; again only where that
                     // search may have taken somebody for dead who was not.
-                    if anew || claim.searched <= self.sessions.revived() {
+                    if anew || claim.searched <= self.sessions.doubted() {
                         claim.searched = scene.now;
                         // An upgrade stands before plain waiters, who may be waited for by another request of its owner.
                         let everywhere = before_waiters && !bug!(UpgradeSearchedAsPlain);
@@ -373,6 +375,21 @@ impl Table {
         let most = if bug!(OneWokenOfTwo) { 1 } else { usize::MAX };
         let entries = leases.into_iter().filter_map(|lease| queue.entry(lease)).take(most);
         entries.map(|entry| Wake { session: entry.session, lease: entry.lease }).collect()
+    }
+
+    /// Has everybody who waits search anew, if the owner of an upgrade that was given up holds the lock under another request:
+    /// that one may have re-entered it while the upgrade stood, and drawn the same edges without a search of its own.
+    fn doubt_searches<S: Store>(&self, scene: &Scene<'_, S>, name: &LockName, owner: &OwnerId) {
+        let holds = scene.store.read::<LockBucket>(scene.store.bucket(name.as_str())).is_ok_and(|(locks, _)| {
+            locks.queue(name).is_some_and(|queue| queue.holders().any(|held| held.owner == *owner))
+        });
+        if holds {
+            // Where the store fails the waits end by their deadlines.
+            let _ = store::update(scene.store, 0, |sessions: &mut Sessions| {
+                sessions.doubt_searches(scene.now);
+                Ok(((), Save::Yes))
+            });
+        }
     }
 
     /// Removes one lease from one lock. False if it held nothing there any more.

@@ -24,7 +24,7 @@ impl Table {
         let (sessions, joined) = store::update(scene.store, 0, |sessions: &mut Sessions| {
             sessions.allow_ttl(scene.rules.limits.longest_ttl);
             if sessions.member(me).is_some_and(|member| member.beat + patience <= scene.now) {
-                sessions.revive(if bug!(RevivalNotNoted) { Time::ZERO } else { scene.now });
+                sessions.doubt_searches(if bug!(RevivalNotNoted) { Time::ZERO } else { scene.now });
             }
             let known = me != SessionId::NONE && sessions.beat(me, mailbox, load, scene.now);
             let joined = if known { None } else { Some(sessions.join(mailbox, scene.now)) };

@@ -55,7 +55,7 @@ impl State {
             self.members.push((member.id, vm, life, now));
             self.counts.joins += 1;
         }
-        if new.revived() > old.revived() {
+        if new.doubted() > old.doubted() {
             self.doubtful_at = now;
             self.counts.revivals += 1;
         }
