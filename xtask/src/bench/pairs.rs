@@ -173,8 +173,8 @@ impl Field {
         let outcome = load.put(&self.cores.rest).await?;
         let after = self.spent(proxy)?;
         let done_after = self.done(proxy, variant.must).await?;
-        // What was cut off at the end may have been done or not.
-        let (least, most) = (outcome.answers, outcome.answers + 2 * u64::from(connections));
+        // What was cut off at the end may have been done or not; of the load before this one, only now.
+        let (least, most) = (outcome.answers, outcome.answers + 2 * u64::from(CONNECTIONS));
         let each = match variant.must {
             Must::Answer => 1,
             Must::Lock(each) | Must::Call(_, each) => each,
