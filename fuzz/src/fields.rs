@@ -17,6 +17,11 @@ impl<'a> Fields<'a> {
         Fields(data.split(|byte| *byte == b'\n').filter_map(line).collect())
     }
 
+    /// All names and values.
+    pub fn pairs(&self) -> impl Iterator<Item = (&str, &'a [u8])> {
+        self.0.iter().map(|(name, value)| (name.as_str(), *value))
+    }
+
     /// The values under a name.
     pub fn all(&self, name: &str) -> Vec<&'a [u8]> {
         self.0.iter().filter(|(field, _)| field == name).map(|(_, value)| *value).collect()

@@ -5,8 +5,8 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 
 use interlock::host::{
-    Call, CallToken, Cas, ContextId, Expected, Headers, Host, HostError, Level, MetricId, MetricKind, QueueId, Reply,
-    Status, Stored,
+    self, Call, CallToken, Cas, ContextId, Expected, Headers, Host, HostError, Level, MetricId, MetricKind, QueueId,
+    Reply, Status, Stored,
 };
 use interlock_core::{Duration, Time};
 
@@ -95,6 +95,11 @@ impl Host for Bench<'_> {
 
     fn configuration(&self) -> Result<Vec<u8>, HostError> {
         Ok(Vec::new())
+    }
+
+    fn request_headers(&self) -> Result<host::Fields, HostError> {
+        self.call();
+        Ok(self.fields.pairs().collect())
     }
 
     fn header(&self, _: Headers, name: &str) -> Result<Option<Vec<u8>>, HostError> {

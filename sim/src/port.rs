@@ -8,8 +8,8 @@ use std::rc::Rc;
 
 use corosensei::Yielder;
 use interlock::host::{
-    Call, CallToken, Cas, ContextId, Expected, Headers, Host, HostError, Level, MetricId, MetricKind, QueueId, Reply,
-    Status, Stored,
+    Call, CallToken, Cas, ContextId, Expected, Fields, Headers, Host, HostError, Level, MetricId, MetricKind, QueueId,
+    Reply, Status, Stored,
 };
 use interlock_core::session::Sessions;
 use interlock_core::store::{LockBucket, OwnerBucket, Record, Version};
@@ -224,6 +224,10 @@ impl Host for Port<'_> {
 
     fn configuration(&self) -> Result<Vec<u8>, HostError> {
         unimplemented("configuration")
+    }
+
+    fn request_headers(&self) -> Result<Fields, HostError> {
+        unimplemented("request_headers")
     }
 
     fn header(&self, _: Headers, _: &str) -> Result<Option<Vec<u8>>, HostError> {

@@ -35,7 +35,7 @@ pub fn inbound(host: &dyn Host, policy: &Policy, facts: &Facts<'_>) -> Inbound {
     if policy.keys.is_empty() {
         return Inbound::default();
     }
-    let Ok(Some(inbound)) = host.header_list(Headers::Request, "lock-fence") else { return Inbound::default() };
+    let Some(inbound) = facts.fields().joined("lock-fence") else { return Inbound::default() };
     let now = host.unix_micros() / 1000;
     let is_good = |member: &FenceMember| {
         if bug!(UnsignedFencePassed) {

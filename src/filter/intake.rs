@@ -1,6 +1,6 @@
 //! What a request asks for: rules, route metadata and headers become one request for locks, or a rejection.
 //!
-//! Reads as little as it can: every header costs a call of the host. Nothing is locked, answered or removed here.
+//! All headers come in one call of the host, since every call costs. Nothing is locked, answered or removed here.
 
 use std::cell::OnceCell;
 
@@ -9,7 +9,7 @@ use interlock_core::{Cause, Duration, Limit, LockName, OwnerId, Refusal, Want};
 use crate::annotation::{self, Wanted, owner, timeout};
 use crate::answer::Reject;
 use crate::backend::Purpose;
-use crate::host::{Headers, Host};
+use crate::host::{Fields, Host};
 use crate::policy::{Enforcement, HeaderAnnotations, Lookup, OnLeaseLost, OnUnavailable, Policy, RouteAnnotations};
 
 /// Where Envoy keeps what a route says to this filter.
@@ -45,31 +45,25 @@ pub struct Asked {
 pub struct Facts<'a> {
     host: &'a dyn Host,
     policy: &'a Policy,
-    path: Vec<u8>,
-    method: Vec<u8>,
+    fields: Fields,
     owner: OnceCell<Option<OwnerId>>,
 }
 
 impl<'a> Facts<'a> {
-    /// Of the effective stream's request, as far as this policy asks for them.
+    /// Of the effective stream's request.
     pub fn of(host: &'a dyn Host, policy: &'a Policy) -> Self {
-        let (rules, guards) = (&policy.rules, &policy.guards);
-        let header = |needed: bool, name| match needed {
-            true => host.header(Headers::Request, name).ok().flatten().unwrap_or_default(),
-            false => Vec::new(),
-        };
-        Facts {
-            host,
-            policy,
-            path: header(rules.needs_path() || guards.needs_path(), ":path"),
-            method: header(rules.needs_method() || guards.needs_method(), ":method"),
-            owner: OnceCell::new(),
-        }
+        // A request's headers are always there in their callback.
+        Facts { host, policy, fields: host.request_headers().unwrap_or_default(), owner: OnceCell::new() }
+    }
+
+    /// Its headers.
+    pub fn fields(&self) -> &Fields {
+        &self.fields
     }
 
     /// Whose request it is.
     pub fn owner(&self) -> Option<&OwnerId> {
-        self.owner.get_or_init(|| owner(self.host, self.policy)).as_ref()
+        self.owner.get_or_init(|| owner(&self.fields, self.policy)).as_ref()
     }
 
     /// Which decisions count for it, where this is said of requests like it; none where nothing is to be decided.
@@ -86,12 +80,11 @@ impl<'a> Facts<'a> {
 
     /// Does something with a view of the request as rules and guards have it.
     pub fn looked_up<T>(&self, act: impl FnOnce(&Lookup<'_>) -> T) -> T {
-        let Facts { host, path, method, .. } = self;
-        let header = |name: &str| host.header(Headers::Request, name).ok().flatten();
+        let Facts { host, fields, .. } = self;
         act(&Lookup {
-            method,
-            path,
-            header: &header,
+            method: fields.first(":method").unwrap_or_default(),
+            path: fields.first(":path").unwrap_or_default(),
+            header: &|name| fields.first(name).map(<[u8]>::to_vec),
             route: &|| host.property(&["xds", "route_name"]),
             principal: &|| principal(*host),
         })
@@ -99,7 +92,7 @@ impl<'a> Facts<'a> {
 
     /// Whether the caller speaks gRPC.
     pub fn is_grpc(&self) -> bool {
-        self.host.header(Headers::Request, "content-type").ok().flatten().is_some_and(|value| is_grpc(&value))
+        self.fields.first("content-type").is_some_and(is_grpc)
     }
 }
 
@@ -129,9 +122,7 @@ pub fn read(facts: &Facts<'_>) -> Intake {
 fn read_by(facts: &Facts<'_>, lookup: &Lookup<'_>) -> Intake {
     let Facts { host, policy, .. } = *facts;
     let annotation = match policy.annotations.header {
-        HeaderAnnotations::Accept | HeaderAnnotations::Reject => {
-            host.header_list(Headers::Request, "lock").ok().flatten()
-        }
+        HeaderAnnotations::Accept | HeaderAnnotations::Reject => facts.fields.joined("lock"),
         HeaderAnnotations::Pass | HeaderAnnotations::Strip => None,
     };
     let matched = if policy.rules.is_empty() { None } else { policy.rules.find(lookup) };
@@ -190,14 +181,13 @@ pub fn principal(host: &dyn Host) -> Option<Vec<u8>> {
     host.property(&["connection", "uri_san_peer_certificate"]).filter(|id| !id.is_empty())
 }
 
-/// Whose the effective stream's request is.
-pub fn owner(host: &dyn Host, policy: &Policy) -> Option<OwnerId> {
+/// Whose a request is.
+pub fn owner(fields: &Fields, policy: &Policy) -> Option<OwnerId> {
     // Baggage is a list and may come in several fields; of the others a second field would be somebody's mistake.
-    let read = |name: &str| match name {
-        "baggage" => host.header_list(Headers::Request, name),
-        _ => host.header(Headers::Request, name),
-    };
-    owner::find(&policy.owner_from, |name| read(name).ok().flatten())
+    owner::find(&policy.owner_from, |name| match name {
+        "baggage" => fields.joined(name),
+        _ => fields.first(name).map(<[u8]>::to_vec),
+    })
 }
 
 fn is_grpc(content_type: &[u8]) -> bool {

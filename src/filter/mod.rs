@@ -212,14 +212,15 @@ impl Runtime {
         }
         if active.off {
             // The kill switch decides nothing. That nobody can forge what is the filter's to set holds all the same.
-            clean(host, policy);
+            not_the_callers(policy).for_each(|name| remove(host, name));
             return Flow::Continue;
         }
         let facts = Facts::of(host, policy);
         let intake = intake::read(&facts);
         let mut inbound = fences::inbound(host, policy, &facts);
         let guarded = guard::of(&facts, active);
-        clean(host, policy);
+        // What is not there need not be removed: that would be a call of the host for each.
+        not_the_callers(policy).filter(|name| facts.fields().has(name)).for_each(|name| remove(host, name));
         let passage = guarded.map(|guarded| self.guard(host, active, &facts, guarded, &mut inbound));
         self.pass(host, id, active, passage.unwrap_or(Passage::Free), intake, inbound.verified)
     }
@@ -551,10 +552,8 @@ fn not_the_callers(policy: &Policy) -> impl Iterator<Item = &'static str> {
     own.iter().copied().chain(consumed.then_some("lock"))
 }
 
-/// Removes from the effective stream's request what no caller may say.
-fn clean(host: &dyn Host, policy: &Policy) {
-    for name in not_the_callers(policy) {
-        // Fails only outside the request phase, where there is nothing to forward.
-        let _ = host.remove_header(Headers::Request, name);
-    }
+/// Removes a header from the effective stream's request.
+fn remove(host: &dyn Host, name: &str) {
+    // Fails only outside the request phase, where there is nothing to forward.
+    let _ = host.remove_header(Headers::Request, name);
 }

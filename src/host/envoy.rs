@@ -11,8 +11,8 @@ use core::ptr::{null, null_mut};
 use interlock_core::{Duration, Time};
 
 use super::{
-    Call, CallToken, Cas, ContextId, Expected, Headers, Host, HostError, Level, MetricId, MetricKind, QueueId, Reply,
-    Status, Stored,
+    Call, CallToken, Cas, ContextId, Expected, Fields, Headers, Host, HostError, Level, MetricId, MetricKind, QueueId,
+    Reply, Status, Stored,
 };
 
 /// The ABI. Pointers must be valid for the length that follows them; results go where the `return_` pointers say.
@@ -37,6 +37,7 @@ mod abi {
             return_value: *mut *mut u8,
             return_size: *mut usize,
         ) -> u32;
+        pub fn proxy_get_header_map_pairs(map: u32, return_data: *mut *mut u8, return_size: *mut usize) -> u32;
         pub fn proxy_remove_header_map_value(map: u32, key: *const u8, key_size: usize) -> u32;
         pub fn proxy_replace_header_map_value(
             map: u32,
@@ -266,6 +267,16 @@ impl Host for Envoy {
             abi::proxy_get_buffer_bytes(PLUGIN_CONFIGURATION, 0, usize::MAX, &raw mut got.data, &raw mut got.size)
         })?;
         Ok(got.into_vec())
+    }
+
+    fn request_headers(&self) -> Result<Fields, HostError> {
+        let mut got = Returned::none();
+        // SAFETY: `got` lives over the call.
+        let status =
+            unsafe { abi::proxy_get_header_map_pairs(map_of(Headers::Request), &raw mut got.data, &raw mut got.size) };
+        check("request_headers", status)?;
+        let unreadable = HostError { call: "request_headers", status: Status::ParseFailure };
+        Fields::decode(got.into_vec()).ok_or(unreadable)
     }
 
     fn header(&self, headers: Headers, name: &str) -> Result<Option<Vec<u8>>, HostError> {

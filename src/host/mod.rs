@@ -20,10 +20,13 @@
 pub mod envoy;
 #[cfg(test)]
 pub(crate) mod fake;
+mod fields;
 
 use core::fmt;
 
 use interlock_core::{Duration, Time};
+
+pub use fields::Fields;
 
 /// A stream or a root of this VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -199,6 +202,12 @@ pub trait Host {
     /// # Errors
     /// Outside of it.
     fn configuration(&self) -> Result<Vec<u8>, HostError>;
+
+    /// All headers of the effective stream's request, in one call of the host.
+    ///
+    /// # Errors
+    /// As [`Host::header`] for those of a request; `ParseFailure` for an answer of the host that is none.
+    fn request_headers(&self) -> Result<Fields, HostError>;
 
     /// The value of the **first** field of that name of the effective stream; none where it is absent. Any bytes.
     ///

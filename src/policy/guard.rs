@@ -139,7 +139,6 @@ mod tests {
         assert_eq!(said.on_backend_unavailable, OnUnavailable::Allow);
         assert_eq!((unsaid.check, unsaid.enforcement), (Check::Fence, Enforcement::Enforce));
         assert_eq!((unsaid.on_backend_unavailable, unsaid.name.as_str()), (OnUnavailable::Reject, "guard[1]"));
-        assert!(policy.guards.needs_path() && policy.guards.needs_method());
     }
 
     #[test]

@@ -14,7 +14,7 @@ use matchit::Router;
 
 use super::path::{Pattern, normalize};
 use super::reader::PolicyError;
-use super::template::{FillError, Source, Template};
+use super::template::{FillError, Template};
 use super::{Enforcement, OnLeaseLost, OnUnavailable};
 use crate::annotation::Wanted;
 
@@ -108,9 +108,9 @@ impl Chosen for Rule {
 /// What is asked of a request, as far as it is needed: the closures are called for what a rule in question names.
 #[derive(Clone, Copy)]
 pub struct Lookup<'a> {
-    /// The method; may be empty where [`Rules::needs_method`] is false.
+    /// The method.
     pub method: &'a [u8],
-    /// The raw path with its query; may be empty where [`Rules::needs_path`] is false.
+    /// The raw path with its query.
     pub path: &'a [u8],
     /// Reads a header by its lower-case name.
     pub header: &'a dyn Fn(&str) -> Option<Vec<u8>>,
@@ -170,12 +170,11 @@ pub struct Rules<R = Rule> {
     by_method: BTreeMap<String, Table>,
     /// The table for all other methods.
     other: Table,
-    needs_path: bool,
 }
 
 impl<R> Default for Rules<R> {
     fn default() -> Self {
-        Rules { rules: Vec::new(), by_method: BTreeMap::new(), other: Table::default(), needs_path: false }
+        Rules { rules: Vec::new(), by_method: BTreeMap::new(), other: Table::default() }
     }
 }
 
@@ -188,25 +187,6 @@ impl<R: Chosen> Rules<R> {
     /// The rules as written.
     pub fn iter(&self) -> impl Iterator<Item = &R> {
         self.rules.iter()
-    }
-
-    /// Whether [`Rules::find`] and [`Match::locks`] look at the path.
-    pub fn needs_path(&self) -> bool {
-        self.needs_path
-    }
-
-    /// Whether [`Rules::find`] and [`Match::locks`] look at the method.
-    pub fn needs_method(&self) -> bool {
-        !self.by_method.is_empty() || self.has_source(|source| matches!(source, Source::Method))
-    }
-
-    /// Whether a rule asks for the route's name.
-    pub fn needs_route(&self) -> bool {
-        self.rules.iter().any(|rule| rule.conditions().route.is_some())
-    }
-
-    fn has_source(&self, wanted: fn(&Source) -> bool) -> bool {
-        self.rules.iter().flat_map(Chosen::templates).flat_map(Template::sources).any(wanted)
     }
 
     /// The rule for a request; see the head of this module for which that is.
@@ -255,10 +235,7 @@ impl<R: Chosen> Rules<R> {
             .iter()
             .map(|method| Ok(((*method).clone(), table(Some(method))?)))
             .collect::<Result<_, PolicyError>>()?;
-        let mut built = Rules { by_method, other, needs_path: false, rules };
-        built.needs_path = built.rules.iter().any(|rule| rule.conditions().path.is_some())
-            || built.has_source(|source| matches!(source, Source::Query(_)));
-        Ok(built)
+        Ok(Rules { rules, by_method, other })
     }
 }
 

@@ -131,14 +131,6 @@ impl Template {
         &self.text
     }
 
-    /// Where the values come from.
-    pub(super) fn sources(&self) -> impl Iterator<Item = &Source> {
-        self.parts.iter().filter_map(|part| match part {
-            Part::Text(_) => None,
-            Part::Value(source) => Some(source),
-        })
-    }
-
     /// The name for one request. `captures` are those of the path, in its normal spelling.
     ///
     /// # Errors

@@ -59,25 +59,10 @@ fn meets(rules: &Rules, method: &str, path: &str) -> Option<String> {
 }
 
 #[test]
-fn no_rules_need_nothing() {
+fn no_rules_match_nothing() {
     let none = Rules::default();
-    assert!(none.is_empty() && !none.needs_path() && !none.needs_method() && !none.needs_route());
+    assert!(none.is_empty());
     assert_eq!(meets(&none, "GET", "/"), None);
-}
-
-#[test]
-fn only_what_rules_name_is_needed() {
-    let by_route = rules(&[("a", json!({ "route": "r" }))]);
-    assert!(by_route.needs_route() && !by_route.needs_path() && !by_route.needs_method());
-    let by_path = rules(&[("a", json!({ "path": "/a" }))]);
-    assert!(by_path.needs_path() && !by_path.needs_method() && !by_path.needs_route());
-    let by_method = rules(&[("a", json!({ "methods": ["GET"] }))]);
-    assert!(by_method.needs_method() && !by_method.needs_path());
-    let sources = parse(&json!({ "rules": [
-        { "name": "a", "match": { "route": "r" }, "locks": [{ "name": "a/{method}/{query:q}" }] }
-    ] }));
-    let sources = sources.unwrap().rules;
-    assert!(sources.needs_method() && sources.needs_path());
 }
 
 #[test]

@@ -6,8 +6,8 @@ use interlock_core::{Duration, Time};
 
 use super::{FakeHost, FakeQueue, Metric, Phase, SentReply, values};
 use crate::host::{
-    Call, CallToken, Cas, ContextId, Expected, Headers, Host, HostError, Level, MetricId, MetricKind, QueueId, Reply,
-    Status, Stored,
+    Call, CallToken, Cas, ContextId, Expected, Fields, Headers, Host, HostError, Level, MetricId, MetricKind, QueueId,
+    Reply, Status, Stored,
 };
 
 impl Host for FakeHost {
@@ -32,6 +32,13 @@ impl Host for FakeHost {
     fn configuration(&self) -> Result<Vec<u8>, HostError> {
         self.fault("configuration")?;
         Ok(self.configuration.borrow().clone())
+    }
+
+    fn request_headers(&self) -> Result<Fields, HostError> {
+        self.count(|calls| calls.header_reads += 1);
+        self.with_fields("request_headers", Headers::Request, |fields| {
+            fields.iter().map(|(n, value)| (n, value)).collect()
+        })
     }
 
     fn header(&self, headers: Headers, name: &str) -> Result<Option<Vec<u8>>, HostError> {
