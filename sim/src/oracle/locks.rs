@@ -90,6 +90,7 @@ impl State {
         };
         let still = |entry: &&Entry| stays(entry, new) && !back(entry);
         let (old, gone): (Vec<&Entry>, Vec<&Entry>) = old.iter().partition(still);
+        let all_stay = gone.is_empty();
         gone.into_iter().for_each(|entry| self.left(vm, name, entry));
         let old = old.as_slice();
         self.order(vm, name, old, new);
@@ -116,6 +117,12 @@ impl State {
             }
         }
         self.exclusion(name, permits, new);
+        // A worker that only renews its entry meanwhile is not the one to settle it.
+        let moved = !all_stay
+            || new
+                .iter()
+                .any(|entry| old.iter().all(|other| other.lease != entry.lease || other.is_held() != entry.is_held()));
+        over_waiters |= !moved && self.lock_facts(name, bucket).unsettled;
         over_waiters &= new.iter().any(|entry| !entry.is_held());
         self.lock_facts(name, bucket).unsettled = over_waiters;
         if !over_waiters {
