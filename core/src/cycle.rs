@@ -48,6 +48,18 @@ pub struct Step {
     blocker_lease: LeaseId,
 }
 
+impl Step {
+    /// The lock whose line the edge is in.
+    pub(crate) fn lock(&self) -> &LockName {
+        &self.lock
+    }
+
+    /// The request that waits there.
+    pub(crate) fn waiter(&self) -> LeaseId {
+        self.lease
+    }
+}
+
 /// What a search found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Search {

@@ -30,6 +30,7 @@ pub mod class;
 pub mod cycle;
 pub mod fence;
 pub mod id;
+pub mod keyed;
 pub mod lease;
 pub mod mem;
 pub mod mode;

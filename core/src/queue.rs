@@ -155,6 +155,11 @@ impl Queue {
         Queue { name, entries: Vec::new() }
     }
 
+    /// A lock as it stands elsewhere: its holders, then upgrades, then plain waiters, each in their order.
+    pub(crate) fn of(name: LockName, entries: Vec<Entry>) -> Self {
+        Queue { name, entries }
+    }
+
     /// Everybody, holders and waiters, in the order in which they stand.
     pub fn entries(&self) -> &[Entry] {
         &self.entries
