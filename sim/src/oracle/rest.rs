@@ -71,6 +71,12 @@ impl State {
         })
     }
 
+    /// Whether this waiter's request is over already: where the store failed its worker takes it out with its next heartbeat, and
+    /// who stands behind it waits no longer than that.
+    fn is_owed(&self, entry: &Entry) -> bool {
+        !entry.is_held() && self.leases.get(&entry.lease).is_some_and(|known| known.phase == Phase::Gone)
+    }
+
     /// Nobody waits for itself, by whatever way: unless somebody looked dead while the others searched, and they have
     /// not looked again since.
     fn no_cycle(&mut self) {
@@ -94,7 +100,7 @@ impl State {
                 }
                 let blockers = entries.iter().enumerate().filter(|(other_at, other)| {
                     let first = other.is_held() || *other_at < at;
-                    first && conflict(waiter, other) && end(other, sessions) > self.now
+                    first && conflict(waiter, other) && end(other, sessions) > self.now && !self.is_owed(other)
                 });
                 for (_, blocker) in blockers {
                     let mut index = |owner| {
