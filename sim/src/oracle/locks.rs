@@ -81,12 +81,12 @@ impl State {
     fn lock_changed(&mut self, vm: usize, bucket: u32, name: &LockName, old: &[Entry], new: &[Entry]) {
         self.trace.line(|| format!("    vm{vm} writes {name}: {}", told(new)));
         let permits = self.lock_facts(name, bucket).permits;
-        // One that looks dead to itself leaves, comes back behind all others and may be granted at once, in one write.
+        // One that looks dead to itself leaves, comes back like one that is new and may be granted at once, in one write.
         let op = self.vms[vm].op.as_ref().filter(|op| op.kind == Kind::Poll);
         let back = |entry: &Entry| {
-            let last = new.last().is_some_and(|last| last.lease == entry.lease && came(last) != came(entry));
+            let anew = new.iter().any(|again| again.lease == entry.lease && came(again) != came(entry));
             let past = || end(entry, &self.sessions.record) <= self.now;
-            last && op.is_some_and(|op| op.lease == entry.lease) && past()
+            anew && op.is_some_and(|op| op.lease == entry.lease) && past()
         };
         let still = |entry: &&Entry| stays(entry, new) && !back(entry);
         let (old, gone): (Vec<&Entry>, Vec<&Entry>) = old.iter().partition(still);
