@@ -84,9 +84,15 @@ impl State {
         // One that looks dead to itself leaves, comes back like one that is new and may be granted at once, in one write.
         let op = self.vms[vm].op.as_ref().filter(|op| op.kind == Kind::Poll);
         let back = |entry: &Entry| {
+            let place = |entries: &[Entry], lease| entries.iter().position(|entry| entry.lease == lease);
+            let before = |entries, other| Some(place(entries, other)? < place(entries, entry.lease)?);
+            let passed = |other: &Entry| {
+                before(old, other.lease).zip(before(new, other.lease)).is_some_and(|(then, now)| then != now)
+            };
             let anew = new.iter().any(|again| again.lease == entry.lease && came(again) != came(entry));
+            let moved = new.last().is_some_and(|last| last.lease == entry.lease) || new.iter().any(passed);
             let past = || end(entry, &self.sessions.record) <= self.now;
-            anew && op.is_some_and(|op| op.lease == entry.lease) && past()
+            anew && moved && op.is_some_and(|op| op.lease == entry.lease) && past()
         };
         let still = |entry: &&Entry| stays(entry, new) && !back(entry);
         let (old, gone): (Vec<&Entry>, Vec<&Entry>) = old.iter().partition(still);
