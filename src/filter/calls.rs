@@ -17,7 +17,7 @@ use crate::api::call::{LeaseName, Put, Renew};
 use crate::api::{ApiError, MAX_BODY, Target, receipt};
 use crate::backend::Purpose;
 use crate::backend::local::Local;
-use crate::host::{ContextId, Headers, Host};
+use crate::host::{ContextId, Fields, Headers, Host};
 use crate::policy::{Api, MIN_TTL, Reentrancy};
 
 /// How long the body of a request may take to come.
@@ -57,17 +57,16 @@ impl Runtime {
         id: ContextId,
         active: &Rc<Active>,
         api: &Api,
+        fields: &Fields,
         end: bool,
     ) -> Option<Flow> {
-        let path = host.header(Headers::Request, ":path").ok().flatten().unwrap_or_default();
-        let rest = api.rest(&path)?;
+        let rest = api.rest(fields.first(":path").unwrap_or_default())?;
         // The same calls on the shadow table are for proxies under audit.
         let (purpose, rest) = match rest.strip_prefix(b"audit/") {
             Some(rest) => (Purpose::Audit, rest),
             None => (Purpose::Enforce, rest),
         };
-        let method = host.header(Headers::Request, ":method").ok().flatten().unwrap_or_default();
-        let answer = match Target::read(&method, rest) {
+        let answer = match Target::read(fields.first(":method").unwrap_or_default(), rest) {
             Ok(target) if target.has_body() && !end => {
                 let due = Some(host.now() + PATIENCE);
                 self.keep(id, Call { active: Rc::clone(active), purpose, state: State::Body(target), timer: due });

@@ -45,25 +45,25 @@ pub struct Asked {
 pub struct Facts<'a> {
     host: &'a dyn Host,
     policy: &'a Policy,
-    fields: Fields,
+    fields: OnceCell<Fields>,
     owner: OnceCell<Option<OwnerId>>,
 }
 
 impl<'a> Facts<'a> {
     /// Of the effective stream's request.
     pub fn of(host: &'a dyn Host, policy: &'a Policy) -> Self {
-        // A request's headers are always there in their callback.
-        Facts { host, policy, fields: host.request_headers().unwrap_or_default(), owner: OnceCell::new() }
+        Facts { host, policy, fields: OnceCell::new(), owner: OnceCell::new() }
     }
 
     /// Its headers.
     pub fn fields(&self) -> &Fields {
-        &self.fields
+        // They are always there in their callback.
+        self.fields.get_or_init(|| self.host.request_headers().unwrap_or_default())
     }
 
     /// Whose request it is.
     pub fn owner(&self) -> Option<&OwnerId> {
-        self.owner.get_or_init(|| owner(&self.fields, self.policy)).as_ref()
+        self.owner.get_or_init(|| owner(self.fields(), self.policy)).as_ref()
     }
 
     /// Which decisions count for it, where this is said of requests like it; none where nothing is to be decided.
@@ -80,19 +80,19 @@ impl<'a> Facts<'a> {
 
     /// Does something with a view of the request as rules and guards have it.
     pub fn looked_up<T>(&self, act: impl FnOnce(&Lookup<'_>) -> T) -> T {
-        let Facts { host, fields, .. } = self;
+        let (host, fields) = (self.host, self.fields());
         act(&Lookup {
             method: fields.first(":method").unwrap_or_default(),
             path: fields.first(":path").unwrap_or_default(),
             header: &|name| fields.first(name).map(<[u8]>::to_vec),
             route: &|| host.property(&["xds", "route_name"]),
-            principal: &|| principal(*host),
+            principal: &|| principal(host),
         })
     }
 
     /// Whether the caller speaks gRPC.
     pub fn is_grpc(&self) -> bool {
-        self.fields.first("content-type").is_some_and(is_grpc)
+        self.fields().first("content-type").is_some_and(is_grpc)
     }
 }
 
@@ -122,7 +122,7 @@ pub fn read(facts: &Facts<'_>) -> Intake {
 fn read_by(facts: &Facts<'_>, lookup: &Lookup<'_>) -> Intake {
     let Facts { host, policy, .. } = *facts;
     let annotation = match policy.annotations.header {
-        HeaderAnnotations::Accept | HeaderAnnotations::Reject => facts.fields.joined("lock"),
+        HeaderAnnotations::Accept | HeaderAnnotations::Reject => facts.fields().joined("lock"),
         HeaderAnnotations::Pass | HeaderAnnotations::Strip => None,
     };
     let matched = if policy.rules.is_empty() { None } else { policy.rules.find(lookup) };

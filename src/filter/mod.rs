@@ -205,8 +205,9 @@ impl Runtime {
     pub fn request_headers(&mut self, host: &dyn Host, id: ContextId, active: &Rc<Active>, end: bool) -> Flow {
         self.served = true;
         let policy = &active.policy;
+        let facts = Facts::of(host, policy);
         if let Some(api) = &policy.api
-            && let Some(flow) = self.call(host, id, active, api, end)
+            && let Some(flow) = self.call(host, id, active, api, facts.fields(), end)
         {
             return flow;
         }
@@ -215,7 +216,6 @@ impl Runtime {
             not_the_callers(policy).for_each(|name| remove(host, name));
             return Flow::Continue;
         }
-        let facts = Facts::of(host, policy);
         let intake = intake::read(&facts);
         let mut inbound = fences::inbound(host, policy, &facts);
         let guarded = guard::of(&facts, active);
