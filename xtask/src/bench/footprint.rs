@@ -104,11 +104,7 @@ async fn crowd() -> Result<(f64, f64)> {
         let names = (0..EACH).map(|n| format!("held/{lease}/{n}")).collect();
         granted(put(authority, &client, lease, names).send().await?.status)?;
     }
-    let (start, all) = (Instant::now(), u64::from(LOCKS));
-    while gauge(authority, "held").await? < all {
-        ensure!(start.elapsed() < PATIENCE, "only {} of {LOCKS} are held", gauge(authority, "held").await?);
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    until(authority, "held", LOCKS).await?;
     let (held, calm) = (allocated(authority).await?, kib(authority)?);
     let clients: Vec<_> = (0..WAITERS.div_ceil(STREAMS)).map(|_| Client::http2()).collect();
     let waiting: Vec<_> = (0..WAITERS)
@@ -118,20 +114,23 @@ async fn crowd() -> Result<(f64, f64)> {
             put(authority, client, 1_000_000 + waiter, vec![name]).spawn()
         })
         .collect();
-    let (start, all) = (Instant::now(), u64::from(WAITERS));
-    while gauge(authority, "waiting").await? < all {
-        ensure!(start.elapsed() < PATIENCE, "only {} of {WAITERS} wait", gauge(authority, "waiting").await?);
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    until(authority, "waiting", WAITERS).await?;
     let crowded = kib(authority)?;
     drop(waiting);
     Ok(((held - empty) / f64::from(LOCKS), (crowded - calm) / f64::from(WAITERS)))
 }
 
-/// What one of our gauges says, of all classes.
-async fn gauge(envoy: &Envoy, name: &str) -> Result<u64> {
-    let (all, name) = (envoy.stats().await?, format!("wasmcustom.interlock_{name}"));
-    Ok(all.iter().filter(|(full, _)| full.starts_with(&name)).map(|(_, count)| count).sum())
+/// Waits until one of our gauges says, of all classes, that so many are there.
+async fn until(envoy: &Envoy, gauge: &str, all: u32) -> Result<()> {
+    let start = Instant::now();
+    loop {
+        let now = proxies::counted(envoy, gauge, "").await?;
+        if now >= u64::from(all) {
+            return Ok(());
+        }
+        ensure!(start.elapsed() < PATIENCE, "{gauge}: only {now} of {all}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }
 
 /// What Envoy has allocated, in KiB; without the memory of its VMs.

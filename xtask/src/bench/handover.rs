@@ -14,7 +14,7 @@ use super::load::Load;
 use super::machine::{self, Cores};
 use super::nginx;
 use super::pairs::Pace;
-use super::proxies::{self, Process};
+use super::proxies::{self, Process, Proxy};
 use super::report::{Finding, Unit};
 use super::servers::Server;
 use super::services::Kind;
@@ -151,11 +151,9 @@ async fn local(upstream: &Server) -> Result<Subject> {
 }
 
 async fn sidecar(upstream: &Server) -> Result<Subject> {
-    let authority = proxies::authority(1).await?;
-    let filter = proxies::interlock(&proxies::asking_policy())?;
-    let config = logged(proxies::config(upstream, &[filter]));
-    let config = proxies::http2(config, proxies::AUTHORITY, authority.envoy()?.address());
-    Ok(Subject { name: AUTHORITY, processes: vec![proxies::envoy(config).await?, authority], how: How::Log })
+    let Proxy { process, beside } = proxies::sidecar(upstream, logged).await?;
+    let processes = std::iter::once(process).chain(beside).collect();
+    Ok(Subject { name: AUTHORITY, processes, how: How::Log })
 }
 
 /// A plain Envoy, one that makes a call before each request, and what it calls.
@@ -211,11 +209,8 @@ impl Subject {
                 Ok(Turn { hand_over: None, waits: most / half })
             }
             How::Clients(kind) => {
-                let address = match process {
-                    Process::Envoy(envoy) => envoy.address(),
-                    Process::Server(server) => server.address,
-                };
-                let round = crowds::go_round(kind, address, waiters as usize, pace.time + pace.warm_up).await?;
+                let round =
+                    crowds::go_round(kind, process.address(), waiters as usize, pace.time + pace.warm_up).await?;
                 ensure!(round.hand_over.count() > 0, "nobody handed it over in {:?}: take more --millis", pace.time);
                 let ([half, most, _], waits) = (round.hand_over.millis(), round.waits.millis());
                 Ok(Turn { hand_over: Some([half, most]), waits: waits[1] / waits[0] })

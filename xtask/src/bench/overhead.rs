@@ -10,18 +10,27 @@ use super::proxies::{self, Process, Proxy};
 use super::report::Finding;
 use super::servers::{self, Server};
 
-/// Plain Envoy, a filter that does nothing, Interlock where nothing is annotated, and a lock.
+/// What a lock costs in an Envoy with one worker.
 pub async fn cost(pace: Pace) -> Result<Finding> {
-    let title = "One Envoy worker: what a lock in the proxy costs";
-    let mut finding = Finding::new("cost", title, &COLUMNS);
+    let finding = Finding::new("cost", "One Envoy worker: what a lock in the proxy costs", &COLUMNS);
+    beside_nothing(pace, finding, 1).await
+}
+
+/// The same with two workers, which share the lock table.
+pub async fn workers(pace: Pace) -> Result<Finding> {
+    beside_nothing(pace, Finding::new("workers", "Two Envoy workers", &COLUMNS), 2).await
+}
+
+/// Plain Envoy, a filter that does nothing, Interlock where nothing is annotated, and a lock.
+async fn beside_nothing(pace: Pace, mut finding: Finding, workers: u32) -> Result<Finding> {
     let upstream = nginx::upstream().await?;
     let local = proxies::interlock(&proxies::policy(json!({ "local": {} })))?;
+    let proxy = async |filters: &[serde_json::Value]| {
+        let config = proxies::config(&upstream, filters).concurrency(workers);
+        anyhow::Ok(Proxy::new(proxies::envoy(config).await?, Vec::new()))
+    };
     let field = Field {
-        proxies: vec![
-            plain(&upstream, &[]).await?,
-            plain(&upstream, &[proxies::calling("none")?]).await?,
-            plain(&upstream, &[local]).await?,
-        ],
+        proxies: vec![proxy(&[]).await?, proxy(&[proxies::calling("none")?]).await?, proxy(&[local]).await?],
         variants: vec![
             Variant::new(PLAIN, 0, "/free/one", Must::Answer),
             Variant::new(NO_OP, 1, "/free/one", Must::Answer),
@@ -29,9 +38,12 @@ pub async fn cost(pace: Pace) -> Result<Finding> {
             Variant::new(LOCAL, 2, "/free/one", Must::Lock(1)),
         ],
         also: vec![(UNANNOTATED_TO_NO_OP, 2, 1), (LOCAL_TO_NO_OP, 3, 1)],
-        cores: rig(&upstream, 1)?,
+        cores: rig(&upstream, workers as usize)?,
     };
     field.measure(pace, &mut finding).await?;
+    if field.cores.proxy == field.cores.rest {
+        finding.note("Too few cores for load and upstream to have their own: read the CPU, not the throughput.");
+    }
     Ok(finding)
 }
 
@@ -83,33 +95,6 @@ pub async fn locks(pace: Pace) -> Result<Finding> {
 pub const ONE_LOCK: &str = "1 lock, to the filter that does nothing";
 pub const EIGHT_LOCKS: &str = "8 locks, to the filter that does nothing";
 
-/// The same with two workers, which share the lock table.
-pub async fn workers(pace: Pace) -> Result<Finding> {
-    let mut finding = Finding::new("workers", "Two Envoy workers", &COLUMNS);
-    let upstream = nginx::upstream().await?;
-    let local = proxies::interlock(&proxies::policy(json!({ "local": {} })))?;
-    let two = async |filters: &[serde_json::Value]| {
-        let config = proxies::config(&upstream, filters).concurrency(2);
-        anyhow::Ok(Proxy::new(proxies::envoy(config).await?, Vec::new()))
-    };
-    let field = Field {
-        proxies: vec![two(&[]).await?, two(&[proxies::calling("none")?]).await?, two(&[local]).await?],
-        variants: vec![
-            Variant::new(PLAIN, 0, "/free/one", Must::Answer),
-            Variant::new(NO_OP, 1, "/free/one", Must::Answer),
-            Variant::new(UNANNOTATED, 2, "/", Must::Answer),
-            Variant::new(LOCAL, 2, "/free/one", Must::Lock(1)),
-        ],
-        also: vec![(UNANNOTATED_TO_NO_OP, 2, 1), (LOCAL_TO_NO_OP, 3, 1)],
-        cores: rig(&upstream, 2)?,
-    };
-    field.measure(pace, &mut finding).await?;
-    if field.cores.proxy == field.cores.rest {
-        finding.note("Too few cores for load and upstream to have their own: read the CPU, not the throughput.");
-    }
-    Ok(finding)
-}
-
 /// Locks that are kept elsewhere, and what asking elsewhere costs at least.
 pub async fn remote(pace: Pace) -> Result<Finding> {
     let mut finding = Finding::new("remote", "One Envoy worker: locks that another process keeps", &COLUMNS);
@@ -125,7 +110,7 @@ pub async fn remote(pace: Pace) -> Result<Finding> {
             calling(proxies::calling("one")?).await?,
             calling(proxies::calling("two")?).await?,
             calling(proxies::ext_authz()).await?,
-            asking(&upstream).await?,
+            proxies::sidecar(&upstream, |config| config).await?,
         ],
         variants: vec![
             Variant::new(PLAIN, 0, "/free/one", Must::Answer),
@@ -154,15 +139,6 @@ pub const TWO_CALLS: &str = "wasm filter, one call before and one after";
 pub const AUTHORITY: &str = "Interlock, an authority's lock";
 pub const WEBDIS: &str = "Lua filter, SET NX and DEL by Webdis";
 pub const AUTHORITY_TO_WEBDIS: &str = "an authority's lock, to Lua and Webdis";
-
-/// A sidecar, with an authority to ask.
-async fn asking(upstream: &Server) -> Result<Proxy> {
-    let authority = proxies::authority(1).await?;
-    let filter = proxies::interlock(&proxies::asking_policy())?;
-    let config = proxies::config(upstream, &[filter]);
-    let config = proxies::http2(config, proxies::AUTHORITY, authority.envoy()?.address());
-    Ok(Proxy::new(proxies::envoy(config).await?, vec![authority]))
-}
 
 async fn lua_and_webdis(upstream: &Server) -> Result<Proxy> {
     let redis = servers::redis().await?;

@@ -28,11 +28,15 @@ impl Process {
         }
     }
 
-    pub fn url(&self) -> String {
+    pub fn address(&self) -> SocketAddr {
         match self {
-            Process::Envoy(envoy) => envoy.base_url(),
-            Process::Server(server) => format!("http://{}", server.address),
+            Process::Envoy(envoy) => envoy.address(),
+            Process::Server(server) => server.address,
         }
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address())
     }
 
     pub fn envoy(&self) -> Result<&Envoy> {
@@ -160,9 +164,14 @@ pub fn policy(backend: Value) -> Value {
 
 /// How many locks an Interlock has granted so far.
 pub async fn acquired(envoy: &Envoy) -> Result<u64> {
-    let ours =
-        |name: &str| name.starts_with("wasmcustom.interlock_acquire_total") && name.contains(".outcome.acquired");
-    Ok(envoy.stats().await?.iter().filter(|(name, _)| ours(name)).map(|(_, count)| count).sum())
+    counted(envoy, "acquire_total", ".outcome.acquired").await
+}
+
+/// What one of an Interlock's counters or gauges says, of all whose labels have this in them.
+pub async fn counted(envoy: &Envoy, name: &str, labels: &str) -> Result<u64> {
+    let (all, name) = (envoy.stats().await?, format!("wasmcustom.interlock_{name}"));
+    let ours = |full: &str| full.starts_with(&name) && full.contains(labels);
+    Ok(all.iter().filter(|(full, _)| ours(full)).map(|(_, count)| count).sum())
 }
 
 /// How many requests an Envoy has answered so far with a 2xx.
@@ -216,18 +225,21 @@ pub async fn authority_within(workers: u32, limits: Value) -> Result<Process> {
     Ok(Process::Envoy(Box::new(envoy)))
 }
 
-/// A sidecar's policy: its locks are the authority's.
-pub fn asking_policy() -> Value {
+/// A sidecar whose locks are an authority's, with that authority.
+pub async fn sidecar(upstream: &Server, changed: impl FnOnce(EnvoyConfig) -> EnvoyConfig) -> Result<Proxy> {
+    let authority = authority(1).await?;
     let mut policy = policy(json!({
         "authority": { "cluster": AUTHORITY, "prefix": "/interlock/v1", "timeout": "2s" },
     }));
     policy["defaults"]["ttl"] = json!("2s");
     policy["limits"]["max_ttl"] = json!("2s");
-    policy
+    let config = changed(config(upstream, &[interlock(&policy)?]));
+    let config = http2(config, AUTHORITY, authority.address());
+    Ok(Proxy::new(envoy(config).await?, vec![authority]))
 }
 
 /// The cluster of the authority.
-pub const AUTHORITY: &str = "interlock-authority";
+const AUTHORITY: &str = "interlock-authority";
 
 /// Envoy's own way to ask somebody whether a request may go on.
 pub fn ext_authz() -> Value {

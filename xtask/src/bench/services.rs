@@ -58,11 +58,7 @@ impl Kind {
             Kind::Redis => Process::Server(servers::redis().await?),
             Kind::EtcdLock | Kind::EtcdTxn => Process::Server(etcd().await?),
         };
-        let address = match &process {
-            Process::Envoy(envoy) => envoy.address(),
-            Process::Server(server) => server.address,
-        };
-        Ok(Service { kind: self, address, process })
+        Ok(Service { kind: self, address: process.address(), process })
     }
 }
 
