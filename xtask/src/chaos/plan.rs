@@ -37,7 +37,17 @@ impl Plan {
 
     /// The longest that it can take when nothing is late.
     pub fn longest(&self) -> Duration {
-        self.wait + self.work * 2 + self.then.as_ref().map_or(Duration::ZERO, |then| then.longest())
+        self.alone() + self.then.as_ref().map_or(Duration::ZERO, |then| then.longest())
+    }
+
+    /// The same without what is nested.
+    pub fn alone(&self) -> Duration {
+        self.wait + self.work * 2
+    }
+
+    /// How many leases it takes, one within the other.
+    pub fn depth(&self) -> u32 {
+        1 + self.then.as_ref().map_or(0, |then| then.depth())
     }
 }
 

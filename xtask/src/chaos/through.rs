@@ -35,6 +35,16 @@ struct Flight {
     owner: u128,
     sent: Instant,
     claim: u64,
+    /// When the service called on through another sidecar, and when that was over. The other one may be in trouble, so what it
+    /// took is not this sidecar's to answer for; it answers for that call itself.
+    called_on: Option<(Instant, Option<Instant>)>,
+}
+
+impl Flight {
+    /// How long others have kept it until now.
+    fn kept_by_others(&self, now: Instant) -> Duration {
+        self.called_on.map_or(Duration::ZERO, |(begin, end)| end.unwrap_or(now) - begin)
+    }
 }
 
 /// A section at the resource. Dropped with the request, however that ends.
@@ -69,25 +79,28 @@ impl Through {
             let number = usize::try_from(claim).unwrap_or(0);
             let sidecar = &world.sidecars[number % world.sidecars.len()];
             let sent = Instant::now();
-            self.flights().insert(claim, Flight { plan: Arc::clone(&plan), owner, sent, claim });
+            self.flights().insert(claim, Flight { plan: Arc::clone(&plan), owner, sent, claim, called_on: None });
             let member = |(name, mode): &(String, _)| format!("{name};mode={}", mode_name(*mode));
             let locks = plan.locks.iter().map(member).collect::<Vec<_>>().join(", ");
             let wait = plan.wait.as_secs_f64();
-            let longest = plan.longest() + CALL * 4;
+            let longest = plan.alone() + CALL * 4;
+            // As many as there are calls in it may be as late as that.
+            let patience = plan.longest() + (CALL * 4 + SLACK * 2) * plan.depth();
             let ask = self.clients[number % self.clients.len()]
                 .get(format!("http://{}/work", sidecar.address()))
                 .header("traceparent", traceparent(owner))
                 .header("x-chaos", claim.to_string())
                 .header("lock", locks.replace(", ", &format!(";wait={wait:.3}, ")) + &format!(";wait={wait:.3}"));
-            let answer = ask.timeout(longest + SLACK * 2).send().await;
-            self.flights().remove(&claim);
+            let answer = ask.timeout(patience).send().await;
             let now = Instant::now();
+            let elsewhere = self.flights().remove(&claim).map_or(Duration::ZERO, |flight| flight.kept_by_others(now));
+            let took = (now - sent).saturating_sub(elsewhere);
             let troubled = sidecar.troubles.between(sent - TTL, now);
             let mut book = self.book.lock();
             // The sidecar gives its lease back without being waited for, over a network that may be slow.
             book.waits.over(claim, now + TTL + CALL);
-            if now - sent > longest + SLACK && !troubled {
-                book.wrong.push(format!("{} may take {longest:?} and took {:?}", sidecar.name, now - sent));
+            if took > longest + SLACK && !troubled {
+                book.wrong.push(format!("{} may take {longest:?} and took {took:?}", sidecar.name));
             }
             drop(book);
             self.judge(answer, &plan, &name, claim, troubled)
@@ -175,11 +188,20 @@ impl Through {
         if self.work(section, flight.plan.work).await
             && let Some(then) = &flight.plan.then
         {
+            self.called_on(id, |called| *called = Some((Instant::now(), None)));
             Arc::clone(&self).transaction(Arc::new((**then).clone()), flight.owner).await;
+            self.called_on(id, |called| called.iter_mut().for_each(|(_, end)| *end = Some(Instant::now())));
             self.work(section, flight.plan.work).await;
         }
         drop(staying);
         Reply::new(200, "done\n")
+    }
+
+    /// Writes into a flight, if it is still waited for, when it called on.
+    fn called_on(&self, id: u64, write: impl FnOnce(&mut Option<(Instant, Option<Instant>)>)) {
+        if let Some(flight) = self.flights().get_mut(&id) {
+            write(&mut flight.called_on);
+        }
     }
 
     async fn work(&self, section: u64, span: Duration) -> bool {
