@@ -6,6 +6,7 @@ mod conformance;
 mod crowd;
 mod demo;
 mod fuzz;
+mod instructions;
 mod lint;
 mod manifests;
 mod measure;
@@ -55,6 +56,8 @@ enum Task {
     Measure(measure::MeasureArgs),
     /// Measure what a lock costs, beside what others do instead
     Bench(bench::BenchArgs),
+    /// Count the instructions of the hot path, and compare them with those that were stored
+    Instructions(instructions::InstructionsArgs),
     /// Fill an Envoy up to the limits of its policy, and show what comes of it
     Crowd(crowd::CrowdArgs),
     /// Show that the tests notice bugs, each seeded one at a time
@@ -81,6 +84,7 @@ fn main() -> ExitCode {
         Task::Chaos(args) => chaos::run(args),
         Task::Measure(args) => measure::run(&args),
         Task::Bench(args) => bench::run(&args),
+        Task::Instructions(args) => instructions::run(&args),
         Task::Crowd(args) => crowd::run(&args),
         Task::Mutants(args) => mutants::run(&args),
         Task::Fuzz(args) => fuzz::run(&args),

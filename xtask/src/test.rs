@@ -15,6 +15,7 @@ use interlock_testkit::tools;
 
 use crate::conformance::Reports;
 use crate::fuzz;
+use crate::instructions::{self, InstructionsArgs};
 use crate::mutants::{self, MutantsArgs};
 use crate::sim;
 use crate::wasm::{self, WasmArgs};
@@ -42,6 +43,8 @@ enum Stage {
     Tools,
     /// Everything that needs no Envoy, natively, doc tests too
     Native,
+    /// How many instructions the hot path takes: a twentieth more than was stored fails
+    Instructions,
     /// The seeded bugs, each of which a test must notice
     Mutants,
     /// The simulator: two million schedules of the lock table, from the same seeds each time
@@ -83,9 +86,9 @@ pub fn run(args: &TestArgs) -> Result<()> {
         failure = done.err().map(|e| e.context(format!("stage {}", stage.name())));
     }
     cases.print()?;
-    println!("\n{:<8} {:<8} {:>8}", "stage", "result", "seconds");
+    println!("\n{:<12} {:<8} {:>8}", "stage", "result", "seconds");
     for (stage, result, took) in report {
-        println!("{:<8} {result:<8} {:>8.1}", stage.name(), took.as_secs_f64());
+        println!("{:<12} {result:<8} {:>8.1}", stage.name(), took.as_secs_f64());
     }
     failure.map_or(Ok(()), Err)
 }
@@ -99,6 +102,7 @@ impl Stage {
         match self {
             Stage::Tools => bring_tools(),
             Stage::Native => native(cases),
+            Stage::Instructions => instructions::run(&InstructionsArgs::default()),
             Stage::Mutants => mutants::run(&MutantsArgs::default()),
             Stage::Sim => sim::sweep(2_000_000),
             Stage::Core => core(),

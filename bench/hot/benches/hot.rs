@@ -1,0 +1,32 @@
+//! How long each part of the hot path takes.
+
+use std::time::{Duration, Instant};
+
+use bench_hot::CASES;
+use criterion::{Criterion, criterion_group, criterion_main};
+
+fn hot(c: &mut Criterion) {
+    for (name, make) in CASES {
+        let mut case = make();
+        c.bench_function(name, |b| match &mut case.prepare {
+            None => b.iter(&mut case.work),
+            Some(prepare) => b.iter_custom(|rounds| {
+                let mut took = Duration::ZERO;
+                for _ in 0..rounds {
+                    prepare();
+                    let start = Instant::now();
+                    (case.work)();
+                    took += start.elapsed();
+                }
+                took
+            }),
+        });
+    }
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default().sample_size(20).warm_up_time(Duration::from_secs(1)).measurement_time(Duration::from_secs(2)).without_plots();
+    targets = hot
+}
+criterion_main!(benches);
