@@ -210,12 +210,16 @@ pub async fn go_round(kind: Kind, address: SocketAddr, waiters: usize, time: Dur
 /// Long enough that all that wait are there.
 const HOLD: Duration = Duration::from_millis(2);
 
-/// How long a lock is held. Where it is polled for, the release comes at any moment between two tries. An etcd tells a watch that begins
-/// what happens only after up to 0.1 s: where few wait, they have waited for longer than that.
+/// How long a watch at an etcd has been there when what it watches for happens. An etcd looks after watches that begin in the past, as those of its
+/// lock service do, only every 0.1 s: before that a release is told of late, and it is this that would be measured.
+const WATCHED: Duration = Duration::from_millis(150);
+
+/// How long a lock is held. Where it is polled for, the release comes at any moment between two tries.
 fn hold(kind: Kind, waiters: usize) -> Duration {
     match kind {
         Kind::Redis => HOLD + POLL.mul_f64(fastrand::f64()),
-        Kind::EtcdLock if waiters <= 2 => Duration::from_millis(120),
+        // Who comes waits for as many turns as others wait.
+        Kind::EtcdLock => HOLD.max(WATCHED.div_f64(waiters as f64)),
         _ => HOLD,
     }
 }

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use interlock_testkit::{Envoy, EnvoyConfig};
 use serde_json::{Value, json};
 
@@ -21,8 +21,7 @@ use super::services::Kind;
 use crate::run::Times;
 
 const WAITERS: [u32; 4] = [1, 2, 16, 256];
-/// How many wait for one lock where it is asked how evenly they do.
-const FAIR: u32 = 16;
+const ROUNDS: usize = 8;
 
 pub const P50: &str = "hand-over p50, ms";
 pub const WAITS: &str = "waits, p99 / p50";
@@ -46,14 +45,15 @@ struct Subject {
 enum How {
     /// An Envoy's access log tells.
     Log,
-    /// Only how long answers take is known.
-    Latency,
+    /// An nginx tells of each request.
+    Moments,
     /// Clients of a service tell.
     Clients(Kind),
 }
 
 /// What one measurement tells: in milliseconds, and as a ratio.
 struct Turn {
+    /// None where it never went to one that waited.
     hand_over: Option<[f64; 2]>,
     waits: f64,
 }
@@ -75,9 +75,9 @@ pub async fn hand_over(pace: Pace) -> Result<Finding> {
             Err(why) => finding.skip(name, why)?,
         }
     }
-    match nginx::locking(upstream.address, "'one'").await {
+    match nginx::telling(upstream.address).await {
         Ok(server) => {
-            subjects.push(Subject { name: RESTY, processes: vec![Process::Server(server)], how: How::Latency });
+            subjects.push(Subject { name: RESTY, processes: vec![Process::Server(server)], how: How::Moments });
         }
         Err(why) => finding.skip(RESTY, why)?,
     }
@@ -85,18 +85,12 @@ pub async fn hand_over(pace: Pace) -> Result<Finding> {
     [&plain, &calling].into_iter().map(Process::pid).try_for_each(machine::freeze)?;
     subjects.iter().try_for_each(|subject| subject.awake(false))?;
 
-    // Few can wait at nginx' for a lock that one takes again and again, and who polls for it takes its time.
-    let asked = |subject: &Subject, waiters| match subject.how {
-        How::Latency => waiters == FAIR,
-        _ => true,
-    };
-    let turns: Vec<_> = (0..subjects.len())
-        .flat_map(|at| WAITERS.map(|waiters| (at, waiters)))
-        .filter(|(at, waiters)| asked(&subjects[*at], *waiters))
-        .collect();
+    let turns: Vec<_> = (0..subjects.len()).flat_map(|at| WAITERS.map(|waiters| (at, waiters))).collect();
     let mut told: Vec<Vec<Turn>> = turns.iter().map(|_| Vec::new()).collect();
     let mut call = Vec::new();
-    for round in 0..pace.rounds {
+    // One turn tells of hundreds of hand-overs.
+    let rounds = pace.rounds.min(ROUNDS);
+    for round in 0..rounds {
         for turn in 0..turns.len() {
             let at = (round + turn) % turns.len();
             let (subject, waiters) = (&subjects[turns[at].0], turns[at].1);
@@ -106,7 +100,7 @@ pub async fn hand_over(pace: Pace) -> Result<Finding> {
             told[at].push(turn);
         }
         call.push(one_call(&plain, &calling, pace, &cores).await?);
-        eprint!("\rhandover: round {} of {}", round + 1, pace.rounds);
+        eprint!("\rhandover: round {} of {rounds}", round + 1);
     }
     eprintln!();
     drop(answerer);
@@ -117,9 +111,10 @@ pub async fn hand_over(pace: Pace) -> Result<Finding> {
     }
     finding.row(CALL, &[call.iter().map(|c| c[0]).collect(), call.iter().map(|c| c[1]).collect(), Vec::new()]);
     finding.note(
-        "In Envoy and nginx each holder asks again at once; the upstream answers at once. Clients of services hold the lock for 2 ms and ask \
-         again when another one has it. Where it is polled for they hold it for up to 0.1 s longer; and for 0.12 s where one or two wait for etcd, \
-         which tells a new watch only after up to 0.1 s.",
+        "In Envoy and nginx each holder asks again at once; the upstream answers at once. nginx' lock then mostly goes to the one who has just had it: what is \
+         told is how soon one that waited got it where one did, and the waits of all. Clients of services hold the lock for 2 ms and ask again when \
+         another one has it. Where it is polled for they hold it for up to 0.1 s longer. At etcd they hold it for so long that all have waited \
+         for 0.15 s, since an etcd tells a new watch only after up to 0.1 s.",
     );
     Ok(finding)
 }
@@ -200,13 +195,27 @@ impl Subject {
                 // Some of the last load may have been answered only now.
                 let answers = requests.len() as u64;
                 ensure!(granted + u64::from(waiters) + 1 >= answers, "{answers} answers, {granted} grants");
-                let [half, most, _] = hand_overs(requests).millis();
-                Ok(Turn { hand_over: Some([half, most]), waits })
+                Ok(Turn { hand_over: told(&hand_overs(requests)), waits })
             }
-            How::Latency => {
+            How::Moments => {
+                let Process::Server(server) = process else { bail!("it is not an nginx") };
+                let log = || std::fs::read_to_string(server.dir().join(nginx::MOMENTS));
+                let before = log().map_or(0, |log| log.len());
                 let outcome = load(process.url(), waiters + 1, pace).put(&cores.rest).await?;
-                let [half, most] = outcome.millis();
-                Ok(Turn { hand_over: None, waits: most / half })
+                let lines = log().context("nginx tells of no request")?;
+                let requests: Vec<_> = lines[before..].lines().filter_map(moments_of_nginx).collect();
+                let (granted, answers) = (requests.len() as u64, outcome.answers);
+                // Some may have been cut off before their answer.
+                let most = answers + u64::from(waiters + 1);
+                ensure!((answers..=most).contains(&granted), "{answers} answers, {granted} grants");
+                let [wait, longest] = outcome.millis();
+                // Whoever slept when the load was over sleeps on: half a second at the most, and has the lock then.
+                let (mut length, start) = (0, std::time::Instant::now());
+                while length < log()?.len() && start.elapsed() < Duration::from_secs(10) {
+                    length = log()?.len();
+                    tokio::time::sleep(Duration::from_millis(700)).await;
+                }
+                Ok(Turn { hand_over: told(&hand_overs(requests)), waits: longest / wait })
             }
             How::Clients(kind) => {
                 let round =
@@ -255,6 +264,20 @@ fn moments(line: &Value) -> Option<Moments> {
     (number("status")? == 200).then_some(())?;
     let arrived = number("start")?;
     Some(Moments { arrived, forwarded: arrived + number("forwarded")?, ended: arrived + number("ended")? })
+}
+
+/// The median and the 99th of a hundred, if there are any.
+fn told(times: &Times) -> Option<[f64; 2]> {
+    let [half, most, _] = times.millis();
+    (times.count() > 0).then_some([half, most])
+}
+
+/// As an nginx writes them; of a request that got the lock.
+fn moments_of_nginx(line: &str) -> Option<Moments> {
+    let mut fields = line.split(' ').map(str::parse);
+    let mut next = || fields.next()?.ok();
+    let (arrived, forwarded, ended): (i64, i64, i64) = (next()?, next()?, next()?);
+    Some(Moments { arrived, forwarded, ended })
 }
 
 /// From the end of each to the next one's start, where the next one was there already.

@@ -11,9 +11,11 @@ mod load;
 mod machine;
 mod nginx;
 mod overhead;
+mod page;
 mod pairs;
 mod proxies;
 mod report;
+mod searches;
 mod servers;
 mod services;
 mod targets;
@@ -42,12 +44,15 @@ pub struct BenchArgs {
     /// How often each thing is measured, instead of 12 times (3 with --quick)
     #[arg(long)]
     rounds: Option<usize>,
-    /// How long each measurement takes, in milliseconds, instead of 1500 (400 with --quick)
+    /// How long each measurement takes, in milliseconds, instead of 800 (400 with --quick)
     #[arg(long)]
     millis: Option<u64>,
     /// Write all numbers into this file too
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Write the tables into this page (Markdown): between the lines that mark where they go, or all of it where it has none
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
     /// Draw a chart a question (SVG) into this folder
     #[arg(long, value_name = "FOLDER", default_value = "dist/bench")]
     charts: PathBuf,
@@ -73,6 +78,8 @@ enum Question {
     Services,
     /// One lock that many want: from a release to the next grant, and how evenly they wait
     Handover,
+    /// The lock table alone: what a search for cycles costs by its chain and by the table's size, and other parts
+    Searches,
     /// Start-up, sizes and memory: of a VM, a lock, a waiter
     Footprint,
 }
@@ -82,9 +89,9 @@ impl Question {
         self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
     }
 
-    /// Whether it is not h2load that asks.
+    /// Whether it is this program that asks, and not h2load.
     fn has_clients(self) -> bool {
-        matches!(self, Question::Services | Question::Handover)
+        matches!(self, Question::Services | Question::Handover | Question::Searches)
     }
 
     async fn ask(self, pace: Pace) -> Result<Finding> {
@@ -96,6 +103,7 @@ impl Question {
             Question::Nginx => nginx::beside(pace).await,
             Question::Services => crowds::services(pace).await,
             Question::Handover => handover::hand_over(pace).await,
+            Question::Searches => searches::searches(pace).await,
             Question::Footprint => footprint::footprint(pace).await,
         }
     }
@@ -125,9 +133,16 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     );
     let start = Instant::now();
     let findings = run::block_on(args.ask(pace))?;
-    let verdicts = report::verdicts(targets::TARGETS, &findings);
+    let mut verdicts = report::verdicts(targets::TARGETS, &findings);
+    // Of some questions, what they tell of.
+    verdicts.retain(|verdict| args.only.is_empty() || verdict.found.is_some());
+    let took = start.elapsed();
     println!("{}", report::judged(&verdicts));
-    println!("took {:.0} s", start.elapsed().as_secs_f32());
+    println!("took {:.0} s", took.as_secs_f32());
+    if let Some(file) = &args.markdown {
+        let run = page::Run { machine: &machine, pace, took, options: args.options() };
+        page::write(file, &page::measured(&run, &findings, &verdicts))?;
+    }
     if let Some(file) = &args.json {
         let all = json!({
             "machine": machine,
@@ -146,12 +161,21 @@ pub fn run(args: &BenchArgs) -> Result<()> {
 
 impl BenchArgs {
     fn pace(&self) -> Pace {
-        let (rounds, millis) = if self.quick { (3, 400) } else { (12, 1500) };
+        let (rounds, millis) = if self.quick { (3, 400) } else { (12, 800) };
         Pace {
             rounds: self.rounds.unwrap_or(rounds).max(1),
-            warm_up: Duration::from_millis(if self.quick { 150 } else { 300 }),
+            warm_up: Duration::from_millis(150),
             time: Duration::from_millis(self.millis.unwrap_or(millis).max(50)),
         }
+    }
+
+    /// As they were given, but for where the results go.
+    fn options(&self) -> String {
+        let only = self.only.iter().map(|question| format!(" --only {}", question.name()));
+        let mut options: String = only.collect();
+        options += if self.quick { " --quick" } else { "" };
+        options += &self.rounds.map(|rounds| format!(" --rounds {rounds}")).unwrap_or_default();
+        options + &self.millis.map(|millis| format!(" --millis {millis}")).unwrap_or_default()
     }
 
     fn questions(&self) -> impl Iterator<Item = Question> {

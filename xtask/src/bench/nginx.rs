@@ -73,6 +73,24 @@ pub async fn locking(upstream: SocketAddr, key: &str) -> Result<Server> {
     nginx(&format!("lua_shared_dict locks 10m;\n{http}"), LUA).await
 }
 
+/// One that all requests want, which tells of each in [`MOMENTS`] when it came, got the lock and gave it back.
+pub async fn telling(upstream: SocketAddr) -> Result<Server> {
+    let take = format!("{}\nngx.var.granted = micros()", include_str!("resty.lua").replace("KEY", "'one'"));
+    let give = "local key = ngx.ctx.key if key then ngx.shared.locks:delete(key) ngx.var.released = micros() end";
+    let arrived = "set $arrived ''; set $granted ''; set $released '';";
+    let locked = format!(
+        "{arrived} access_by_lua_block {{ ngx.var.arrived = micros() {take} }} log_by_lua_block {{ {give} }}
+        access_log {MOMENTS} moments;"
+    );
+    let http = PROXY.replace("UPSTREAM", &upstream.to_string()).replace("LOCKED", &locked);
+    let clock = include_str!("clock.lua");
+    let format = "log_format moments '$arrived $granted $released $status';";
+    nginx(&format!("lua_shared_dict locks 10m;\ninit_by_lua_block {{ {clock} }}\n{format}\n{http}"), LUA).await
+}
+
+/// The file in its folder.
+pub const MOMENTS: &str = "moments.log";
+
 /// What Lua needs.
 const LUA: &[&str] = &["ndk_http_module.so", "ngx_http_lua_module.so"];
 const PROXY: &str = include_str!("nginx.conf");
@@ -98,6 +116,10 @@ pub async fn beside(pace: Pace) -> Result<Finding> {
             Variant::new(LOCAL, 1, "/free/one", Must::Lock(1)),
             Variant::new("plain nginx", 2, "/", Must::Answer).against(2),
             Variant::new(LOCKED, 3, "/", Must::Answer).against(2),
+            Variant::new(&few(PLAIN), 0, "/free/one", Must::Answer).against(4).connections(FEW),
+            Variant::new(&few(LOCAL), 1, "/free/one", Must::Lock(1)).against(4).connections(FEW),
+            Variant::new(&few("plain nginx"), 2, "/", Must::Answer).against(6).connections(FEW),
+            Variant::new(&few(LOCKED), 3, "/", Must::Answer).against(6).connections(FEW),
         ],
         also: Vec::new(),
         cores: Cores::of(1)?,
@@ -109,6 +131,13 @@ pub async fn beside(pace: Pace) -> Result<Finding> {
 }
 
 pub const LOCKED: &str = "nginx, a lock in its shared dictionary";
+
+/// A load that leaves the proxies some time.
+const FEW: u32 = 16;
+
+fn few(name: &str) -> String {
+    format!("{name}, {FEW} connections")
+}
 
 /// That nginx's lock is one: two requests that want the same one and take a moment each take twice as long.
 async fn prove() -> Result<()> {

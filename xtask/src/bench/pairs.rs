@@ -47,15 +47,24 @@ pub struct Variant {
     pub must: Must,
     /// Which variant it is compared with; itself is the baseline.
     pub against: usize,
+    /// Of the load that fills the proxy.
+    pub connections: u32,
 }
 
 impl Variant {
     pub fn new(name: &str, proxy: usize, path: &str, must: Must) -> Self {
-        Variant { name: name.to_owned(), proxy, paths: vec![path.to_owned()], must, against: 0 }
+        let paths = vec![path.to_owned()];
+        Variant { name: name.to_owned(), proxy, paths, must, against: 0, connections: CONNECTIONS }
     }
 
     pub fn against(mut self, variant: usize) -> Self {
         self.against = variant;
+        self
+    }
+
+    /// The same proxy under a load of other connections: what it adds to a calm request is known, and not measured again.
+    pub fn connections(mut self, connections: u32) -> Self {
+        self.connections = connections;
         self
     }
 }
@@ -78,7 +87,7 @@ struct Sample {
     beside: f64,
     /// Under full load, and calm: the median, and the 99th of a hundred.
     full: [f64; 2],
-    calm: [f64; 2],
+    calm: Option<[f64; 2]>,
     /// Of what the cores beside the proxy's can do.
     around: f64,
 }
@@ -126,6 +135,10 @@ impl Field {
         for (name, at, against) in rows.chain(self.also.iter().copied()) {
             let (mine, theirs) = (&samples[at], &samples[against]);
             let each = |tell: fn(&Sample, &Sample) -> f64| mine.iter().zip(theirs).map(|(m, t)| tell(m, t)).collect();
+            let calm = |which: usize| {
+                let added = |(mine, theirs): (&Sample, &Sample)| Some(mine.calm?[which] - theirs.calm?[which]);
+                mine.iter().zip(theirs).filter_map(added).collect()
+            };
             finding.row(
                 name,
                 &[
@@ -134,8 +147,8 @@ impl Field {
                     each(|mine, _| mine.rate),
                     each(|mine, _| mine.cpu),
                     each(|mine, theirs| mine.cpu - theirs.cpu),
-                    each(|mine, theirs| mine.calm[0] - theirs.calm[0]),
-                    each(|mine, theirs| mine.calm[1] - theirs.calm[1]),
+                    calm(0),
+                    calm(1),
                     each(|mine, theirs| mine.full[0] - theirs.full[0]),
                     each(|mine, theirs| mine.full[1] - theirs.full[1]),
                     each(|mine, _| mine.beside),
@@ -150,10 +163,14 @@ impl Field {
     async fn sample(&self, variant: &Variant, pace: Pace) -> Result<Sample> {
         let proxy = &self.proxies[variant.proxy];
         proxy.thaw()?;
-        let calm = self.put(variant, pace, CALM.0, Some(CALM.1)).await?;
-        let full = self.put(variant, pace, CONNECTIONS, None).await?;
+        let calm = if variant.connections == CONNECTIONS {
+            Some(self.put(variant, pace, CALM.0, Some(CALM.1)).await?.outcome.millis())
+        } else {
+            None
+        };
+        let full = self.put(variant, pace, variant.connections, None).await?;
         proxy.freeze()?;
-        Ok(Sample { calm: calm.outcome.millis(), ..full.sample() })
+        Ok(Sample { calm, ..full.sample() })
     }
 
     async fn put(&self, variant: &Variant, pace: Pace, connections: u32, rate: Option<u32>) -> Result<Put> {
@@ -231,7 +248,7 @@ impl Put {
             cpu: self.cpu / answers,
             beside: self.beside / answers,
             full: self.outcome.millis(),
-            calm: [0.0; 2],
+            calm: None,
             around: self.busy,
         }
     }

@@ -202,26 +202,28 @@ pub struct Verdict {
     pub what: &'static str,
     pub gate: f64,
     pub goal: f64,
-    pub found: f64,
+    /// None where it was not measured.
+    pub found: Option<f64>,
     pub verdict: &'static str,
     #[serde(skip)]
-    unit: Option<Unit>,
+    unit: Unit,
 }
 
-/// What was aimed at, as far as it was asked.
+/// What was aimed at, and what came of it.
 pub fn verdicts(targets: &[Target], findings: &Findings) -> Vec<Verdict> {
     let judge = |target: &Target| {
-        let found = (target.found)(findings)?;
-        let reaches = |aim: f64| if target.more_is_better { found >= aim } else { found <= aim };
+        let found = (target.found)(findings);
+        let reaches = |aim: f64| found.map(|found| if target.more_is_better { found >= aim } else { found <= aim });
         let verdict = match (reaches(target.goal), reaches(target.gate)) {
-            (true, _) => "goal",
-            (false, true) => "gate",
-            (false, false) => "MISSED",
+            (Some(true), _) => "goal met",
+            (_, Some(true)) => "gate met, goal not",
+            (_, Some(false)) => "NOT MET",
+            (_, None) => "not measured",
         };
         let Target { what, gate, goal, unit, .. } = *target;
-        Some(Verdict { what, gate, goal, found, verdict, unit: Some(unit) })
+        Verdict { what, gate, goal, found, verdict, unit }
     };
-    targets.iter().filter_map(judge).collect()
+    targets.iter().map(judge).collect()
 }
 
 /// As a section of a Markdown page; nothing of none.
@@ -230,12 +232,12 @@ pub fn judged(verdicts: &[Verdict]) -> String {
         return String::new();
     }
     let mut table = Table::new();
-    table.load_preset(ASCII_MARKDOWN).set_header(["", "gate", "goal", "found", "reaches"]);
+    table.load_preset(ASCII_MARKDOWN).set_header(["", "gate", "goal", "found", ""]);
     for Verdict { what, gate, goal, found, verdict, unit } in verdicts {
-        let write = |value: f64| unit.map_or_else(String::new, |unit| unit.write(value));
-        table.add_row([(*what).to_owned(), write(*gate), write(*goal), write(*found), (*verdict).to_owned()]);
+        let found = found.map_or_else(String::new, |found| unit.write(found));
+        table.add_row([(*what).to_owned(), unit.write(*gate), unit.write(*goal), found, (*verdict).to_owned()]);
     }
-    format!("### Against what was aimed at\n\n{table}\n")
+    format!("### What was aimed at\n\n{table}\n")
 }
 
 #[cfg(test)]
@@ -276,6 +278,6 @@ mod tests {
             target(0.9, 1.0, |f| f.median("cost", "a lock", "CPU")),
         ];
         let told: Vec<_> = verdicts(&targets, &findings).iter().map(|verdict| verdict.verdict).collect();
-        assert_eq!(told, ["goal", "gate", "MISSED"]);
+        assert_eq!(told, ["goal met", "gate met, goal not", "NOT MET", "not measured"]);
     }
 }

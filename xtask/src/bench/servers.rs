@@ -20,13 +20,18 @@ const STOP: Duration = Duration::from_secs(5);
 pub struct Server {
     child: Child,
     pub address: SocketAddr,
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 impl Server {
     /// The process's id.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// The folder that it runs in.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
     }
 
     /// Starts what `command` makes for a folder and an address, and waits until somebody listens there.
@@ -47,11 +52,11 @@ impl Server {
         let mut command = command(dir.path(), address)?;
         command.current_dir(dir.path()).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let child = process::spawn(command).with_context(|| format!("cannot start {name}"))?;
-        let mut server = Server { child, address, _dir: dir };
+        let mut server = Server { child, address, dir };
         let start = Instant::now();
         while TcpStream::connect(address).is_err() {
             if server.child.try_wait()?.is_some() || start.elapsed() > START {
-                let log = std::fs::read(server._dir.path().join("log")).unwrap_or_default();
+                let log = std::fs::read(server.dir().join("log")).unwrap_or_default();
                 bail!("{name} does not serve: {}", String::from_utf8_lossy(&log));
             }
             tokio::time::sleep(Duration::from_millis(20)).await;

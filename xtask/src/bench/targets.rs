@@ -7,7 +7,8 @@ use super::overhead::{
     AUTHORITY, AUTHORITY_TO_WEBDIS, EIGHT_LOCKS, LOCAL, LOCAL_TO_NO_OP, ONE_LOCK, UNANNOTATED_TO_NO_OP,
 };
 use super::pairs::{BY_CPU, MORE_CPU, OF_BASELINE};
-use super::report::{Target, Unit};
+use super::report::{Findings, Target, Unit};
+use super::searches::{self, LONGEST, SEARCH};
 use super::services::Kind;
 
 pub const TARGETS: &[Target] = &[
@@ -120,4 +121,40 @@ pub const TARGETS: &[Target] = &[
             Some(p50(256)? / p50(2)?)
         },
     },
+    Target {
+        what: "search for cycles, chain of 4, in µs",
+        gate: 20.0,
+        goal: 10.0,
+        more_is_better: false,
+        unit: Unit::Micros,
+        found: |all| search(all, 4, 100),
+    },
+    Target {
+        what: "search for cycles, chain of 256, in µs",
+        gate: 2_000.0,
+        goal: 1_000.0,
+        more_is_better: false,
+        unit: Unit::Micros,
+        found: |all| search(all, 256, 100),
+    },
+    Target {
+        what: "search for cycles, chain of 10,000, in µs",
+        gate: 100_000.0,
+        goal: 50_000.0,
+        more_is_better: false,
+        unit: Unit::Micros,
+        found: |all| search(all, LONGEST, 100),
+    },
+    Target {
+        what: "search for cycles, chain of 4: 100,000 locks held to 100",
+        gate: 1.5,
+        goal: 1.25,
+        more_is_better: false,
+        unit: Unit::Ratio,
+        found: |all| Some(search(all, 4, 100_000)? / search(all, 4, 100)?),
+    },
 ];
+
+fn search(all: &Findings, length: usize, others: usize) -> Option<f64> {
+    all.median("searches", &searches::row(length, others), SEARCH)
+}
