@@ -33,9 +33,13 @@ fn total(calls: &Calls) -> u32 {
     headers + shared + callouts + answer_reads + metric_definitions + metric_updates + ticks_set + enters + logs
 }
 
+/// The page that says what requests cost.
+const PAGE: &str = include_str!("../../../docs/performance.md");
+
+/// Prints a line of the page's table, which must be there as it is.
 fn row(what: &str, calls: &Calls) {
-    println!(
-        "{what:<44} {:>6} {:>7} {:>6} {:>6} {:>6} {:>6} {:>6} {:>6}",
+    let line = format!(
+        "| {what} | {} | {} | {} | {} | {} | {} | {} | {} |",
         total(calls),
         calls.header_reads,
         calls.header_writes,
@@ -45,13 +49,13 @@ fn row(what: &str, calls: &Calls) {
         calls.metric_updates,
         calls.clock,
     );
+    println!("{line}");
+    assert!(PAGE.lines().any(|known| known == line), "docs/performance.md does not say so: {line}");
 }
 
 fn head() {
-    println!(
-        "{:<44} {:>6} {:>7} {:>6} {:>6} {:>6} {:>6} {:>6} {:>6}",
-        "calls of the host", "all", "h.read", "h.set", "prop", "shared", "queue", "metric", "clock"
-    );
+    let line = "| | all | headers read | headers set | properties | shared | queues | metrics | clock |";
+    println!("{line}\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |");
 }
 
 /// Two VMs that have joined, have defined their metrics, and owe no heartbeat.
