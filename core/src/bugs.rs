@@ -83,6 +83,14 @@ bugs! {
     UpgradeEdgesNotSearched,
     /// An upgrade that waits before others is searched for cycles like a wait at the end.
     UpgradeSearchedAsPlain,
+    /// Who begins a second wait does not mark the first one, so that a search that comes to that knows of no other.
+    FirstWaitUnmarked,
+    /// Who begins a second wait does not mark it.
+    SecondWaitUnmarked,
+    /// The waits of an owner that has several are marked only after the search.
+    MarkedAfterSearch,
+    /// Who marks another wait of its owner does not look for the cycles that run through that one.
+    MarkerSearchesItself,
     /// Who was taken for dead and comes back is not searched for again.
     RevivalNotNoted,
 

@@ -6,10 +6,12 @@
 //!
 //! Who searches has published its own edge before. So of two that close one cycle from two sides at the same time,
 //! the later publisher sees the other's edge: at least one of them finds the cycle.
+//!
+//! Who stands in a queue waits for those in front of it, and that queue says so. It waits for others only if its owner
+//! waits elsewhere too, which its entry says; only then, and of holders, the owner's waits are read.
 
-use std::collections::HashMap;
-use std::collections::VecDeque;
 use std::collections::hash_map::Entry as MapEntry;
+use std::collections::{HashMap, HashSet, VecDeque};
 
 use crate::id::{LeaseId, OwnerId};
 use crate::name::LockName;
@@ -18,7 +20,7 @@ use crate::refusal::Edge;
 
 /// How many owners one search may visit. A search that meets more ends with [`Search::TooLong`], since nobody can
 /// then say that the wait is safe.
-pub const MAX_OWNERS: usize = 4096;
+pub const MAX_OWNERS: usize = 16_384;
 
 /// What a search reads. What it gives must have no ended entries in it.
 pub trait Reader {
@@ -75,29 +77,170 @@ pub enum Search {
 struct Line {
     queue: Queue,
     permits: u32,
-    /// Where each owner waits in the queue.
-    places: HashMap<OwnerId, Vec<usize>>,
+    /// Where each owner waits in the queue, once that was asked twice.
+    places: Option<HashMap<OwnerId, Vec<usize>>>,
+    asked: bool,
     /// Whoever waits before this place can lead to nobody new.
     covered: usize,
+    /// The places that the search goes on from, one by one.
+    next: HashSet<usize>,
 }
 
 impl Line {
-    fn new((queue, permits): (Queue, u32)) -> Self {
-        let mut places: HashMap<OwnerId, Vec<usize>> = HashMap::new();
-        for (place, entry) in queue.entries().iter().enumerate().filter(|(_, entry)| !entry.is_held()) {
-            places.entry(entry.owner.clone()).or_default().push(place);
+    /// Where the owner waits.
+    fn places(&mut self, owner: &OwnerId) -> Vec<usize> {
+        let waiters = self.queue.entries().iter().enumerate().filter(|(_, entry)| !entry.is_held());
+        if !core::mem::replace(&mut self.asked, true) {
+            return waiters.filter(|(_, entry)| entry.owner == *owner).map(|(place, _)| place).collect();
         }
-        Line { queue, permits, places, covered: 0 }
+        let places = self.places.get_or_insert_with(|| {
+            let mut places: HashMap<OwnerId, Vec<usize>> = HashMap::new();
+            waiters.for_each(|(place, entry)| places.entry(entry.owner.clone()).or_default().push(place));
+            places
+        });
+        places.get(owner).cloned().unwrap_or_default()
+    }
+}
+
+/// One edge, by where it is in a line.
+#[derive(Clone, Copy)]
+struct Hop {
+    line: usize,
+    waiter: usize,
+    blocker: usize,
+}
+
+/// An owner that a search has come to.
+struct Reached {
+    /// By which edge first; the start by none.
+    by: Option<Hop>,
+    /// Whether all its waits are followed, and not only one that it stands in. There may be others as long as a second one has
+    /// not been marked. Who comes to mark it searches then, and breaks by its refusal what runs through that one; but not
+    /// what runs through others.
+    whole: bool,
+}
+
+/// Where a search goes on.
+enum Next {
+    /// Wherever this owner waits.
+    Owner(OwnerId),
+    /// At this place in this line, the only one where its owner waits.
+    Place { line: usize, place: usize },
+}
+
+/// A search under way.
+struct Chase<'a> {
+    owner: &'a OwnerId,
+    lines: Vec<Line>,
+    by_name: HashMap<LockName, usize>,
+    reached: HashMap<OwnerId, Reached>,
+    next: VecDeque<Next>,
+}
+
+impl Chase<'_> {
+    fn line<R: Reader>(&mut self, reader: &mut R, lock: LockName) -> Result<usize, R::Error> {
+        if let Some(line) = self.by_name.get(&lock) {
+            return Ok(*line);
+        }
+        let (queue, permits) = reader.queue(&lock)?;
+        self.lines.push(Line { queue, permits, places: None, asked: false, covered: 0, next: HashSet::new() });
+        self.by_name.insert(lock, self.lines.len() - 1);
+        Ok(self.lines.len() - 1)
     }
 
-    /// The edges of the waiter at `place` have been followed. If everybody in front of it was reached, those who wait there
-    /// have no edges of their own at this lock: else the cost would grow with the square of the queue. An entry of the
-    /// owner in question is another matter, since an edge to that one closes a cycle.
-    fn cover(&mut self, place: usize, reached: &HashMap<OwnerId, Option<Step>>, owner: &OwnerId) {
-        let mut before = self.queue.entries().iter().enumerate().filter(|(at, entry)| *at < place || entry.is_held());
-        if before.all(|(_, entry)| entry.owner != *owner && reached.contains_key(&entry.owner)) {
-            self.covered = self.covered.max(place);
+    /// Takes in an owner that an edge leads to. False if there is no room for one more.
+    fn reach(&mut self, owner: OwnerId, hop: Hop, next: Next) -> bool {
+        let (room, whole) = (self.reached.len() < MAX_OWNERS, matches!(next, Next::Owner(_)));
+        let reached = match self.reached.entry(owner) {
+            MapEntry::Occupied(reached) => reached.into_mut(),
+            MapEntry::Vacant(_) if !room => return false,
+            MapEntry::Vacant(new) => new.insert(Reached { by: Some(hop), whole: false }),
+        };
+        let known = match next {
+            Next::Owner(_) => reached.whole,
+            Next::Place { line, place } => {
+                reached.whole || !self.lines.get_mut(line).is_some_and(|line| line.next.insert(place))
+            }
+        };
+        reached.whole |= whole;
+        if !known {
+            self.next.push_back(next);
         }
+        true
+    }
+
+    /// Follows the edges of the waiter at a place, and says if that ended the search.
+    ///
+    /// If everybody in front of it was reached, those who wait there have no edges of their own at this lock that lead to
+    /// anybody new; and whoever waits nowhere else has no others. So they are passed over together, and a line costs one
+    /// look at each that stands in it: not one record each, nor the square of its length. An entry of the owner in question
+    /// is another matter, since an edge to that one closes a cycle.
+    fn follow(&mut self, line: usize, place: usize) -> Option<Search> {
+        let Line { queue, permits, covered, .. } = self.lines.get(line)?;
+        if place < *covered {
+            return None;
+        }
+        let (mut elsewhere, mut only_here, mut all) = (Vec::new(), Vec::new(), true);
+        let mut edges = if bug!(OneEdgeOfMany) { 1 } else { usize::MAX };
+        for (at, other, in_the_way) in queue.ahead(place, *permits) {
+            let is_edge = in_the_way && edges > 0;
+            edges -= usize::from(is_edge);
+            let hop = Hop { line, waiter: place, blocker: at };
+            if other.owner == *self.owner {
+                if is_edge {
+                    return Some(Search::Cycle(self.path(hop)));
+                }
+                all = false;
+            } else if other.is_only_wait() {
+                only_here.extend(is_edge.then(|| (other.owner.clone(), hop)));
+            } else if is_edge {
+                elsewhere.push((other.owner.clone(), hop));
+            } else {
+                all = all && self.reached.get(&other.owner).is_some_and(|reached| reached.whole);
+            }
+        }
+        if all {
+            only_here.clear();
+            if let Some(line) = self.lines.get_mut(line) {
+                line.covered = place;
+            }
+        }
+        for (owner, hop) in elsewhere {
+            if !self.reach(owner.clone(), hop, Next::Owner(owner)) {
+                return Some(Search::TooLong);
+            }
+        }
+        // From behind: whoever stands there covers the most.
+        for (owner, hop) in only_here.into_iter().rev() {
+            if !self.reach(owner, hop, Next::Place { line, place: hop.blocker }) {
+                return Some(Search::TooLong);
+            }
+        }
+        None
+    }
+
+    /// The steps from the start of the search to and with `last`.
+    fn path(&self, last: Hop) -> Vec<Step> {
+        let mut steps = Vec::new();
+        let mut hop = Some(last);
+        while let Some(step) = hop.and_then(|hop| self.step(hop)) {
+            hop = self.reached.get(&step.owner).and_then(|reached| reached.by);
+            steps.push(step);
+        }
+        steps.reverse();
+        steps
+    }
+
+    fn step(&self, Hop { line, waiter, blocker }: Hop) -> Option<Step> {
+        let queue = &self.lines.get(line)?.queue;
+        let (waiter, blocker) = (queue.entries().get(waiter)?, queue.entries().get(blocker)?);
+        Some(Step {
+            owner: waiter.owner.clone(),
+            lease: waiter.lease,
+            lock: queue.name.clone(),
+            blocker: blocker.owner.clone(),
+            blocker_lease: blocker.lease,
+        })
     }
 }
 
@@ -106,61 +249,40 @@ impl Line {
 /// # Errors
 /// Those of the reader.
 pub fn search<R: Reader>(reader: &mut R, owner: &OwnerId, by: Option<LeaseId>) -> Result<Search, R::Error> {
-    let mut lines = HashMap::new();
-    // Who was reached by which edge; the start by none.
-    let mut reached: HashMap<OwnerId, Option<Step>> = HashMap::from([(owner.clone(), None)]);
-    let mut next = VecDeque::from([owner.clone()]);
-    while let Some(waiter) = next.pop_front() {
-        if bug!(SearchDepthTwo) && reached.len() > 2 {
+    let mut chase = Chase {
+        owner,
+        lines: Vec::new(),
+        by_name: HashMap::new(),
+        reached: HashMap::from([(owner.clone(), Reached { by: None, whole: true })]),
+        next: VecDeque::from([Next::Owner(owner.clone())]),
+    };
+    while let Some(next) = chase.next.pop_front() {
+        if bug!(SearchDepthTwo) && chase.reached.len() > 2 {
             break;
         }
+        let waiter = match next {
+            Next::Owner(waiter) => waiter,
+            Next::Place { line, place } => {
+                if let Some(end) = chase.follow(line, place) {
+                    return Ok(end);
+                }
+                continue;
+            }
+        };
         for lock in reader.waits(&waiter)? {
-            let line = match lines.entry(lock.clone()) {
-                MapEntry::Occupied(entry) => entry.into_mut(),
-                MapEntry::Vacant(entry) => entry.insert(Line::new(reader.queue(&lock)?)),
-            };
-            for place in line.places.get(&waiter).cloned().unwrap_or_default() {
-                let Some(entry) = line.queue.entries().get(place) else { continue };
-                let asked = waiter != *owner || by.is_none_or(|by| entry.lease == by);
-                if !asked || place < line.covered {
-                    continue;
+            let at = chase.line(reader, lock)?;
+            let Some(line) = chase.lines.get_mut(at) else { continue };
+            for place in line.places(&waiter) {
+                let lease =
+                    chase.lines.get(at).and_then(|line| line.queue.entries().get(place)).map(|entry| entry.lease);
+                let asked = waiter != *owner || by.is_none() || by == lease;
+                if asked && let Some(end) = chase.follow(at, place) {
+                    return Ok(end);
                 }
-                let edges = if bug!(OneEdgeOfMany) { 1 } else { usize::MAX };
-                for blocker in line.queue.blockers(entry.lease, line.permits).take(edges) {
-                    let step = || Step {
-                        owner: waiter.clone(),
-                        lease: entry.lease,
-                        lock: lock.clone(),
-                        blocker: blocker.owner.clone(),
-                        blocker_lease: blocker.lease,
-                    };
-                    if blocker.owner == *owner {
-                        return Ok(Search::Cycle(path(&reached, step())));
-                    }
-                    if reached.contains_key(&blocker.owner) {
-                        continue;
-                    }
-                    if reached.len() >= MAX_OWNERS {
-                        return Ok(Search::TooLong);
-                    }
-                    next.push_back(blocker.owner.clone());
-                    reached.insert(blocker.owner.clone(), Some(step()));
-                }
-                line.cover(place, &reached, owner);
             }
         }
     }
     Ok(Search::Clear)
-}
-
-/// The steps from the start of the search to and with `last`.
-fn path(reached: &HashMap<OwnerId, Option<Step>>, last: Step) -> Vec<Step> {
-    let mut steps = vec![last];
-    while let Some(Some(step)) = steps.last().and_then(|step| reached.get(&step.owner)) {
-        steps.push(step.clone());
-    }
-    steps.reverse();
-    steps
 }
 
 /// Reads every edge of a found cycle a second time. Leases are never used twice and a lease does not come back to a
@@ -216,8 +338,8 @@ mod tests {
         }
 
         fn entry(lease: usize, owner: usize) -> Entry {
-            let state =
-                State::Waiting { since: Time::ZERO, deadline: Time::NEVER, hold: Duration::MAX, upgrade: false };
+            let (since, deadline, hold) = (Time::ZERO, Time::NEVER, Duration::MAX);
+            let state = State::Waiting { since, deadline, hold, upgrade: false, elsewhere: false };
             Entry {
                 lease: LeaseId(u128::try_from(lease).unwrap()),
                 owner: Self::owner(owner),

@@ -48,6 +48,9 @@ pub enum State {
         hold: Duration,
         /// Whether its owner held the lock in a weaker mode when it came: it stands before plain waiters.
         upgrade: bool,
+        /// Whether its owner has waited in another place too since it came. Where it has not, a search for cycles knows all
+        /// of the owner's waits from here.
+        elsewhere: bool,
     },
     /// It holds the lock.
     Held {
@@ -66,6 +69,11 @@ impl Entry {
     /// Whether it waits as an upgrade, before plain waiters.
     pub fn is_upgrade(&self) -> bool {
         matches!(self.state, State::Waiting { upgrade: true, .. })
+    }
+
+    /// Whether it waits, and its owner waits nowhere else.
+    pub fn is_only_wait(&self) -> bool {
+        matches!(self.state, State::Waiting { elsewhere: false, .. })
     }
 
     /// Whether it holds the lock.
@@ -192,12 +200,7 @@ impl Queue {
 
     /// What the owner's grants add up to, and the highest fence among them. None if it holds nothing it may re-enter.
     fn held_by(&self, wanted: &Entry) -> Option<(Mode, Fence)> {
-        let own = self.holders().filter(|held| held.passes(wanted));
-        own.fold(None, |sum, held| match (sum, &held.state) {
-            (None, State::Held { fence, .. }) => Some((held.mode, *fence)),
-            (Some((mode, highest)), State::Held { fence, .. }) => Some((mode.join(held.mode), highest.max(*fence))),
-            (sum, State::Waiting { .. }) => sum,
-        })
+        sum_of(self.holders().filter(|held| held.passes(wanted)))
     }
 
     /// Puts a waiter in its place: behind everybody, or behind the other upgrades if its owner holds the lock in a
@@ -271,18 +274,28 @@ impl Queue {
     /// of several holders and not for one.
     pub fn blockers(&self, lease: LeaseId, permits: u32) -> impl Iterator<Item = &Entry> {
         let place = self.entries.iter().position(|entry| entry.lease == lease);
-        let waiter = place.and_then(|place| self.entries.get(place));
+        let ahead = place.into_iter().flat_map(move |place| self.ahead(place, permits));
+        ahead.filter_map(|(_, other, in_the_way)| in_the_way.then_some(other))
+    }
+
+    /// Everybody who holds the lock or stands before the waiter at `place`: where, who, and whether it is in the way of
+    /// that waiter (see [`Queue::blockers`]).
+    pub fn ahead(&self, place: usize, permits: u32) -> impl Iterator<Item = (usize, &Entry, bool)> {
+        let waiter = self.entries.get(place);
         let waiter = waiter.filter(|waiter| permits <= 1 && !waiter.is_held() && !self.re_enters(waiter));
-        self.entries.iter().enumerate().filter_map(move |(other_place, other)| {
-            let stands_before = place.is_some_and(|place| other_place < place) && !bug!(NoQueueEdges);
-            let in_the_way = other.is_held() || stands_before;
-            (in_the_way && waiter.is_some_and(|waiter| waiter.conflicts(other))).then_some(other)
-        })
+        let before = if bug!(NoQueueEdges) { 0 } else { place };
+        let ahead = self.entries.iter().enumerate().filter(move |(at, other)| *at < before || other.is_held());
+        ahead.map(move |(at, other)| (at, other, waiter.is_some_and(|waiter| waiter.conflicts(other))))
     }
 
     /// Whether the owner already has all that the entry asks for.
     fn re_enters(&self, entry: &Entry) -> bool {
         self.held_by(entry).is_some_and(|(mode, _)| mode.covers(entry.mode))
+    }
+
+    /// Where those stand who hold the lock.
+    fn held_places(&self) -> Vec<usize> {
+        self.entries.iter().enumerate().filter(|(_, entry)| entry.is_held()).map(|(at, _)| at).collect()
     }
 
     /// Grants the lock to every waiter whose turn it is, and gives back their leases in the order of the grants.
@@ -294,18 +307,36 @@ impl Queue {
     /// ever given here, never below `floor` (see [`Fence::next`]).
     pub fn settle(&mut self, permits: u32, now: Time, floor: Fence, highest: &mut Fence) -> Vec<LeaseId> {
         let most = if bug!(OneGrantedOfTwo) { 1 } else { usize::MAX };
-        let places = 0..self.entries.len();
-        places.filter_map(|at| self.settle_at(at, permits, now, floor, highest)).take(most).collect()
+        let mut held = self.held_places();
+        let mut granted = Vec::new();
+        for at in 0..self.entries.len() {
+            if granted.len() < most
+                && let Some(lease) = self.settle_at(at, &held, permits, now, floor, highest)
+            {
+                held.push(at);
+                granted.push(lease);
+            }
+        }
+        granted
     }
 
     /// As [`Queue::settle`], for one waiter alone. True if it was granted the lock.
     pub fn settle_one(&mut self, lease: LeaseId, permits: u32, now: Time, floor: Fence, highest: &mut Fence) -> bool {
-        let place = self.entries.iter().position(|entry| entry.lease == lease);
-        place.and_then(|at| self.settle_at(at, permits, now, floor, highest)).is_some()
+        let (place, held) = (self.entries.iter().position(|entry| entry.lease == lease), self.held_places());
+        place.and_then(|at| self.settle_at(at, &held, permits, now, floor, highest)).is_some()
     }
 
-    fn settle_at(&mut self, at: usize, permits: u32, now: Time, floor: Fence, highest: &mut Fence) -> Option<LeaseId> {
-        let re_entry = self.turn(at, self.entries.get(at)?, permits)?;
+    /// `held`: where those stand who hold the lock, so that not everybody is asked for each waiter.
+    fn settle_at(
+        &mut self,
+        at: usize,
+        held: &[usize],
+        permits: u32,
+        now: Time,
+        floor: Fence,
+        highest: &mut Fence,
+    ) -> Option<LeaseId> {
+        let re_entry = self.turn(at, self.entries.get(at)?, held, permits)?;
         let entry = self.entries.get_mut(at)?;
         let State::Waiting { hold, .. } = entry.state else { return None };
         let floor = if bug!(FenceResetOnRestart) { Fence(0) } else { floor };
@@ -318,27 +349,35 @@ impl Queue {
     }
 
     /// Whether it is the turn of the waiter at `at`; with the fence that it re-enters under, if it re-enters.
-    fn turn(&self, at: usize, waiter: &Entry, permits: u32) -> Option<Option<Fence>> {
+    fn turn(&self, at: usize, waiter: &Entry, held: &[usize], permits: u32) -> Option<Option<Fence>> {
         if waiter.is_held() {
             return None;
         }
         let mut before = self.entries.iter().take(at);
         if permits > 1 {
             let permits = permits + u32::from(bug!(PermitsOffByOne));
-            let taken = self.holders().count();
-            let free = taken < usize::try_from(permits).unwrap_or(usize::MAX) && before.all(Entry::is_held);
+            let free = held.len() < usize::try_from(permits).unwrap_or(usize::MAX) && before.all(Entry::is_held);
             return free.then_some(None);
         }
-        if let Some((mode, fence)) = self.held_by(waiter)
+        let holders = || held.iter().filter_map(|at| self.entries.get(*at));
+        if let Some((mode, fence)) = sum_of(holders().filter(|held| held.passes(waiter)))
             && mode.covers(waiter.mode)
         {
             return Some(Some(fence));
         }
         let barges = bug!(ReaderBarging) && waiter.mode == Mode::Shared;
-        let in_turn = barges || !before.any(|other| other.conflicts(waiter));
-        let free = !self.holders().any(|held| held.conflicts(waiter)) && in_turn;
+        let free = !holders().any(|held| held.conflicts(waiter)) && (barges || !before.any(|it| it.conflicts(waiter)));
         free.then_some(None)
     }
+}
+
+/// What grants add up to, and the highest fence among them. None if there are none.
+fn sum_of<'a>(grants: impl Iterator<Item = &'a Entry>) -> Option<(Mode, Fence)> {
+    grants.fold(None, |sum, held| match (sum, &held.state) {
+        (None, State::Held { fence, .. }) => Some((held.mode, *fence)),
+        (Some((mode, highest)), State::Held { fence, .. }) => Some((mode.join(held.mode), highest.max(*fence))),
+        (sum, State::Waiting { .. }) => sum,
+    })
 }
 
 #[cfg(test)]
@@ -367,7 +406,13 @@ mod tests {
             self.leases += 1;
             let lease = LeaseId(self.leases);
             let second = Duration::from_secs(1);
-            let state = State::Waiting { since: NOW, deadline: NOW + second, hold: second * 60, upgrade: false };
+            let state = State::Waiting {
+                since: NOW,
+                deadline: NOW + second,
+                hold: second * 60,
+                upgrade: false,
+                elsewhere: false,
+            };
             self.queue.enqueue(Entry {
                 lease,
                 owner: OwnerId::new(owner).unwrap(),

@@ -141,6 +141,12 @@ impl LockBucket {
         self.queues.iter().find(|queue| queue.name == *name)
     }
 
+    /// The lock of that name as it stands, which may be a new one.
+    pub fn into_queue(mut self, name: &LockName) -> Queue {
+        let at = self.queues.iter().position(|queue| queue.name == *name);
+        at.map_or_else(|| Queue::new(name.clone()), |at| self.queues.swap_remove(at))
+    }
+
     /// Changes the lock of that name, which may be a new one; forgets it if nobody holds it or waits for it after.
     pub fn with_queue<T>(&mut self, name: &LockName, change: impl FnOnce(&mut Queue, &mut Fence) -> T) -> T {
         let at = self.queues.iter().position(|queue| queue.name == *name);

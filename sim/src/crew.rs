@@ -11,6 +11,7 @@ use corosensei::{Coroutine, CoroutineResult};
 use interlock_core::{Duration, Time};
 
 use crate::dice::Dice;
+use crate::oracle::Kind;
 use crate::port::{Go, Pause, Port};
 use crate::schedule::VMS;
 use crate::state::{State, Task, VmFacts};
@@ -80,8 +81,14 @@ impl<'y> Crew<'y> {
         if !facts.alive {
             return;
         }
-        let (busy, life) = (facts.busy, facts.life);
+        let (busy, life, op) = (facts.busy, facts.life, facts.op.take());
         *facts = VmFacts { life, ..Default::default() };
+        let decides = op.filter(|op| matches!(op.kind, Kind::Acquire | Kind::Poll));
+        if let Some(op) = decides
+            && let Some(known) = state.leases.get_mut(&op.lease)
+        {
+            known.cut = Some(op.began);
+        }
         // Events that it has not counted yet are gone with it; its waiters and grants stay until their time.
         state.events_lost |= busy;
         state.counts.deaths += 1;

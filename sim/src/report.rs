@@ -47,6 +47,7 @@ counts! {
     store_failures: "failed store calls", All;
     requests: "requests", All;
     waits: "requests that waited", Table;
+    marks: "waits marked as one of several", Table;
     grants: "grants", All;
     hand_overs: "hand-overs to a waiter", All;
     re_entries: "re-entries", Table;

@@ -29,7 +29,7 @@ use crate::host::{Cas, Expected, Host, HostError, QueueId, Status, Stored};
 const BUCKETS: u32 = 1024;
 
 /// The first byte of every record, and part of every key: a plugin with another format is another table.
-const FORMAT: u8 = 2;
+const FORMAT: u8 = 3;
 
 /// How many buckets are swept at a time; all of them are swept about once a second.
 const SWEEP_STEP: u32 = BUCKETS / 4;

@@ -9,8 +9,8 @@ use interlock_core::{
 
 use super::Purpose;
 use super::local::Local;
-use crate::host::Host;
 use crate::host::fake::{FakeHost, FakeProxy};
+use crate::host::{Expected, Host, Stored};
 
 fn rules() -> Rules {
     let limits = Limits {
@@ -49,7 +49,7 @@ fn a_vm_that_only_tries_a_configuration_leaves_no_trace() {
     let proxy = FakeProxy::new();
     let host = proxy.host();
     let local = open(&host);
-    assert_eq!(proxy.shared().into_keys().collect::<Vec<_>>(), ["interlock/2/t/enforce/seed"]);
+    assert_eq!(proxy.shared().into_keys().collect::<Vec<_>>(), ["interlock/3/t/enforce/seed"]);
     assert_eq!(local.mailbox(), None);
     drop(local);
     let seed = proxy.shared();
@@ -94,6 +94,42 @@ fn tables_of_instances_and_purposes_share_no_key() {
         keys.extend(new);
     }
     assert_eq!(keys.len(), 12);
+}
+
+/// Over an upgrade in a running Envoy both versions are at work for a while, in one shared data.
+#[test]
+fn a_table_of_another_format_is_neither_read_nor_written() {
+    let proxy = FakeProxy::new();
+    let host = proxy.host();
+    let mut local = joined(&host);
+    assert!(matches!(ask(&mut local, &host, "one", "a/1").unwrap(), Outcome::Granted(_)));
+    let ours = proxy.shared();
+
+    let proxy = FakeProxy::new();
+    let host = proxy.host();
+    for (key, record) in &ours {
+        let (key, record) = (key.replacen("/3/", "/2/", 1), [&[2], &record[1..]].concat());
+        assert_eq!(host.shared_set(&key, &record, Expected::Absent), Ok(Stored::Yes));
+    }
+    let theirs = proxy.shared();
+    let mut local = joined(&host);
+    let Outcome::Granted(lease) = ask(&mut local, &host, "two", "a/1").unwrap() else {
+        panic!("what the other version has granted is not known here")
+    };
+    assert_eq!(local.release(&host, &rules(), lease), []);
+    let now = proxy.shared();
+    assert!(theirs.iter().all(|(key, record)| now.get(key) == Some(record)));
+
+    // Under our own keys another format is an error, and stays what it was.
+    for (key, record) in proxy.shared().iter().filter(|(key, _)| key.starts_with("interlock/3/")) {
+        if !key.ends_with("/seed") {
+            proxy.overwrite(key, &[&[2], &record[1..]].concat());
+        }
+    }
+    let before = proxy.shared();
+    let answer = ask(&mut open(&host), &host, "three", "a/1");
+    assert!(!matches!(answer, Ok(Outcome::Granted(_))), "{answer:?}");
+    assert_eq!(proxy.shared(), before);
 }
 
 /// Shared data forgets no key: however many locks there are, there must be no more than so many.

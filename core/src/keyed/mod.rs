@@ -75,7 +75,11 @@ impl Key {
         let upgrade = self.stand == Stand::Upgrades;
         let state = match self.fence() {
             Some(fence) => State::Held { fence, since, renewed: since, until: Time::NEVER },
-            None => State::Waiting { since, deadline: Time::NEVER, hold: Duration::MAX, upgrade },
+            // A key does not say whether its owner waits elsewhere too. So a search asks.
+            None => {
+                let (deadline, hold) = (Time::NEVER, Duration::MAX);
+                State::Waiting { since, deadline, hold, upgrade, elsewhere: true }
+            }
         };
         Entry {
             lease: self.lease,

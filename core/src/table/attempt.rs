@@ -148,7 +148,7 @@ impl Table {
             detached: request.detached,
             ttl: want.ttl,
             asked_by: request.asked_by.clone(),
-            state: State::Waiting { since: scene.now, deadline, hold: want.hold, upgrade: false },
+            state: State::Waiting { since: scene.now, deadline, hold: want.hold, upgrade: false, elsewhere: false },
         }
     }
 

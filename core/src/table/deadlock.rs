@@ -65,7 +65,7 @@ impl<S: Store> Reader for StoreReader<'_, '_, S> {
     fn queue(&mut self, lock: &LockName) -> Result<(Queue, u32), StoreError> {
         let permits = self.scene.rules.classes.of(lock).permits;
         let (locks, _) = self.scene.store.read::<LockBucket>(self.scene.store.bucket(lock.as_str()))?;
-        let mut queue = locks.queue(lock).cloned().unwrap_or_else(|| Queue::new(lock.clone()));
+        let mut queue = locks.into_queue(lock);
         queue.reap(self.sessions, self.scene.now);
         Ok((queue, permits))
     }

@@ -7,6 +7,7 @@
 use super::{Debt, Scene, Table};
 use crate::id::{LeaseId, OwnerId, SessionId};
 use crate::name::LockName;
+use crate::queue::State;
 use crate::refusal::{Cause, Limit};
 use crate::request::{Claim, Request, Want};
 use crate::session::{DEAD_AFTER, Sessions};
@@ -46,8 +47,13 @@ impl Table {
         Ok(refused)
     }
 
-    /// Lets the index by owner say for which lock the request waits.
-    pub(super) fn publish<S: Store>(&mut self, scene: &Scene<'_, S>, claim: &mut Claim) -> Result<(), StoreError> {
+    /// Lets the index by owner say for which lock the request waits. Gives back where other requests of its owner may be
+    /// waiting.
+    pub(super) fn publish<S: Store>(
+        &mut self,
+        scene: &Scene<'_, S>,
+        claim: &mut Claim,
+    ) -> Result<Vec<(LockName, LeaseId)>, StoreError> {
         let waiting = Some(claim.grants.len());
         let shown = if bug!(SearchBeforePublish) && claim.published.is_none() { None } else { waiting };
         // Even if the store fails: then there may be something to undo.
@@ -58,10 +64,33 @@ impl Table {
         store::update(scene.store, bucket, |owners: &mut OwnerBucket| {
             owners.with_items(&request.owner, |items| {
                 items.retain(|item| item.lease != request.lease);
+                let others =
+                    items.iter().filter(|item| item.waiting).map(|item| (item.lock.clone(), item.lease)).collect();
                 items.extend(items_of(request, me, shown, scene.now));
-                Ok(((), Save::Yes))
+                Ok((others, Save::Yes))
             })
         })
+    }
+
+    /// Marks all waits of an owner that waits in more than one place, so that a search that comes to one of them looks up
+    /// the others in the index: the wait of this request, and those of its `others`. True if there are any.
+    ///
+    /// Of two waits the one that was published later finds the other in the index, and marks both before it searches. Who
+    /// came by before that saw one wait where there were two; so who marks searches from all of them.
+    pub(super) fn mark<S: Store>(
+        &mut self,
+        scene: &Scene<'_, S>,
+        claim: &Claim,
+        others: &[(LockName, LeaseId)],
+    ) -> Result<bool, StoreError> {
+        let mut several = false;
+        for (lock, lease) in others {
+            several |= mark_wait(scene, lock, *lease, !bug!(FirstWaitUnmarked))?;
+        }
+        if let Some(want) = claim.next().filter(|_| several) {
+            mark_wait(scene, &want.name, claim.request.lease, !bug!(SecondWaitUnmarked))?;
+        }
+        Ok(several)
     }
 
     /// The first lock of the request that sorts at or below one that the owner holds, with that one. Locks that the
@@ -120,6 +149,20 @@ impl Table {
             self.debts.push(Debt::Owner { owner: owner.clone(), lease });
         }
     }
+}
+
+/// Lets a wait say, if that is to be marked, that its owner waits elsewhere too. False if the lease does not wait there.
+fn mark_wait<S: Store>(scene: &Scene<'_, S>, lock: &LockName, lease: LeaseId, mark: bool) -> Result<bool, StoreError> {
+    store::update(scene.store, scene.store.bucket(lock.as_str()), |locks: &mut LockBucket| {
+        Ok(locks.with_queue(lock, |queue, _| match queue.entry_mut(lease).map(|entry| &mut entry.state) {
+            Some(State::Waiting { elsewhere, .. }) => {
+                let changed = mark && !*elsewhere;
+                *elsewhere |= mark;
+                (true, Save::from(changed))
+            }
+            Some(State::Held { .. }) | None => (false, Save::No),
+        }))
+    })
 }
 
 /// The index items of a request; `waiting` is the want that it waits for.

@@ -189,9 +189,11 @@ impl Table {
 
     /// Takes lock after lock in order, until all are held or one has to be waited for or is refused.
     fn advance<S: Store>(&mut self, scene: &Scene<'_, S>, mut claim: Claim, resumed: Option<Stance>) -> Outcome {
-        let mut stance = resumed.unwrap_or(Stance::Try);
+        let mut resuming = resumed;
         while let Some(want) = claim.next().cloned() {
             let deadline = claim.request.arrived + want.wait;
+            let waits = !want.wait.is_zero() && scene.now < deadline;
+            let stance = resuming.take().unwrap_or(if waits { Stance::Wait } else { Stance::Try });
             let owner = claim.request.owner.clone();
             let taken = match self.take(scene, &claim, &want, stance) {
                 Ok(taken) => taken,
@@ -201,7 +203,7 @@ impl Table {
                 Taken::Granted { fence, until, anew, over_waiters } => {
                     // It had been taken for dead and out of the queue: then out of the index as well, perhaps.
                     let dropped = resumed.is_some() && anew && claim.is_published();
-                    let relisted = if dropped { self.publish(scene, &mut claim) } else { Ok(()) };
+                    let relisted = if dropped { self.publish(scene, &mut claim).map(drop) } else { Ok(()) };
                     claim.push(fence, until);
                     // What is detached is counted by the sweep: another worker may be the one to give it back.
                     self.load.locks += u32::from(!claim.request.detached);
@@ -224,26 +226,37 @@ impl Table {
                         // Where the store fails, those who wait find out when they are polled.
                         let _ = self.tidy_lock(scene, &want.name, None);
                     }
-                    stance = Stance::Try;
                 }
                 Taken::Queued { poll_at, anew, before_waiters } => {
                     // Not before it stands there: what stands nowhere may be tidied out of the index, if its worker looks dead.
-                    if anew && let Err(error) = self.publish(scene, &mut claim) {
-                        return self.refuse(scene, claim, error.into());
+                    let mut others = Vec::new();
+                    if anew {
+                        others = match self.publish(scene, &mut claim) {
+                            Ok(others) => others,
+                            Err(error) => return self.refuse(scene, claim, error.into()),
+                        };
                     }
+                    let late = if bug!(MarkedAfterSearch) { core::mem::take(&mut others) } else { Vec::new() };
+                    let several = match self.mark(scene, &claim, &others) {
+                        Ok(several) => several,
+                        Err(error) => return self.refuse(scene, claim, error.into()),
+                    };
                     // Whoever draws an edge searches. What stood here has searched when it came; again only where that
                     // search may have taken somebody for dead who was not.
                     if anew || claim.searched <= self.sessions.doubted() {
                         claim.searched = scene.now;
                         // An upgrade stands before plain waiters, who may be waited for by another request of its owner.
                         let everywhere = before_waiters && !bug!(UpgradeSearchedAsPlain);
-                        let by = if everywhere { None } else { Some(claim.request.lease) };
+                        // And who passed by another wait of its owner may have to be found from there.
+                        let from_all = everywhere || (several && !bug!(MarkerSearchesItself));
+                        let by = if from_all { None } else { Some(claim.request.lease) };
                         if let Err(cause) = self.check_cycle(scene, &owner, by) {
                             return self.refuse(scene, claim, cause);
                         }
                         if bug!(SearchBeforePublish) {
                             let _ = self.publish(scene, &mut claim);
                         }
+                        let _ = self.mark(scene, &claim, &late);
                     }
                     self.load.waiters += 1;
                     let poll_at = poll_at.min(deadline).min(self.renew_at(scene, &claim));
@@ -252,11 +265,10 @@ impl Table {
                 Taken::Busy { holders, retry_after } if want.wait.is_zero() => {
                     return self.refuse(scene, claim, Cause::Held { holders, retry_after });
                 }
-                Taken::Busy { holders, retry_after } if stance == Stance::Last || deadline <= scene.now => {
+                Taken::Busy { holders, retry_after } => {
                     let waited = scene.now.since(claim.request.arrived);
                     return self.refuse(scene, claim, Cause::WaitTimeout { holders, waited, retry_after });
                 }
-                Taken::Busy { .. } => stance = Stance::Wait,
                 Taken::Full(limit, value) => return self.refuse(scene, claim, Cause::Limit { limit, value }),
             }
         }

@@ -134,7 +134,13 @@ impl After<'_> {
                 let stand = if side == Side::Holds { Stand::LostLease } else { Stand::LostWait };
                 // A wait that was over was reaped for it; a grant that nobody had heard of, for the grant's own end.
                 let ended = side == Side::Waits && slot.ended && !slot.has_lock();
-                slots.push(Slot { stand, ended, listed: self.is_listed(lock, lease, slot.owner), ..*slot });
+                slots.push(Slot {
+                    stand,
+                    ended,
+                    listed: self.is_listed(lock, lease, slot.owner),
+                    marked: false,
+                    ..*slot
+                });
             }
         }
         slots
@@ -152,7 +158,8 @@ impl After<'_> {
         };
         let exclusive = entry.mode == interlock_core::Mode::Exclusive;
         let listed = self.is_listed(lock, entry.lease, owner);
-        Some(Slot { owner, exclusive, stand, listed, ended: end <= NOW })
+        let marked = !entry.is_held() && !entry.is_only_wait();
+        Some(Slot { owner, exclusive, stand, listed, ended: end <= NOW, marked })
     }
 
     fn is_listed(&self, lock: usize, lease: LeaseId, owner: usize) -> bool {
@@ -172,7 +179,7 @@ impl After<'_> {
     fn answer_is_right(&self, next: &State) -> bool {
         let (lock, slot) = match self.action {
             Action::Ask { owner, lock, exclusive } => {
-                (lock, Slot { owner, exclusive, stand: Stand::LostWait, listed: false, ended: false })
+                (lock, Slot { owner, exclusive, stand: Stand::LostWait, listed: false, ended: false, marked: false })
             }
             Action::Poll { lock, at } => (lock, self.state.locks[lock][at]),
             _ => return self.outcome.is_none(),
@@ -197,7 +204,7 @@ impl After<'_> {
                 let (owner, first, last) = (&self.machine.owners[slot.owner], cycle.first(), cycle.last());
                 let closes =
                     first.is_some_and(|edge| edge.owner == *owner) && last.is_some_and(|e| e.held_by == *owner);
-                let traceless = !matches!(self.action, Action::Ask { .. }) || next.locks == self.state.locks;
+                let traceless = !matches!(self.action, Action::Ask { .. }) || next.unmarked() == self.state.unmarked();
                 closes && cycle.windows(2).all(|pair| pair[0].held_by == pair[1].owner) && traceless
             }
             _ => false,

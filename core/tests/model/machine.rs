@@ -137,7 +137,8 @@ impl Machine {
                 }
                 stand => {
                     let deadline = if slot.ended { THEN + SHORT } else { NOW + LONG };
-                    At::Waiting { since: THEN, deadline, hold: LONG, upgrade: stand == Stand::WaitsToUpgrade }
+                    let upgrade = stand == Stand::WaitsToUpgrade;
+                    At::Waiting { since: THEN, deadline, hold: LONG, upgrade, elsewhere: slot.marked }
                 }
             };
             // A stranger is put behind all others, and then made the one that is meant.
@@ -205,6 +206,7 @@ impl Machine {
                 stand: Stand::Holds,
                 listed: false,
                 ended: false,
+                marked: false,
             };
             self.put(&shelf, lock, at + 1, &stranger);
         }
@@ -303,5 +305,5 @@ impl Machine {
 }
 
 fn waiting() -> At {
-    At::Waiting { since: THEN, deadline: NOW + LONG, hold: LONG, upgrade: false }
+    At::Waiting { since: THEN, deadline: NOW + LONG, hold: LONG, upgrade: false, elsewhere: false }
 }

@@ -35,6 +35,8 @@ pub struct Slot {
     pub listed: bool,
     /// Its time is up, and nobody has looked yet. Of a wait without a place: its deadline has passed.
     pub ended: bool,
+    /// Of a wait with a place: whether it says that its owner waits elsewhere too.
+    pub marked: bool,
 }
 
 impl Slot {
@@ -62,7 +64,8 @@ impl Slot {
 
     /// All of it in one number that is never 0, with its owner renamed.
     fn code(&self, renaming: &[usize]) -> u16 {
-        let flags = [self.exclusive, self.listed, self.ended].iter().fold(1, |bits, flag| bits << 1 | u16::from(*flag));
+        let flags = [self.exclusive, self.listed, self.ended, self.marked];
+        let flags = flags.iter().fold(1, |bits, flag| bits << 1 | u16::from(*flag));
         flags << 8 | (self.stand as u16) << 4 | renaming[self.owner] as u16
     }
 }
@@ -202,6 +205,27 @@ impl State {
         self.slots().all(|slot| slot.listed || !slot.waits())
     }
 
+    /// The locks without the marks: a wait stays marked after the other one is over, since that costs a search a look and
+    /// no more.
+    pub fn unmarked(&self) -> Vec<Slots> {
+        let unmarked = |slots: &Slots| slots.iter().map(|slot| Slot { marked: false, ..*slot }).collect();
+        self.locks.iter().map(unmarked).collect()
+    }
+
+    /// The state without the marks of those that wait at one place only, by now.
+    pub fn forget_old_marks(mut self) -> Self {
+        let waiting: Vec<usize> = self.slots().filter(|slot| slot.waits()).map(|slot| slot.owner).collect();
+        let once = |owner: usize| waiting.iter().filter(|other| **other == owner).count() == 1;
+        self.locks.iter_mut().flatten().for_each(|slot| slot.marked &= !once(slot.owner));
+        self
+    }
+
+    /// Who waits at several places says so at each of them.
+    pub fn marks_every_second_wait(&self) -> bool {
+        let waits = || self.slots().filter(|slot| slot.waits());
+        waits().all(|slot| slot.marked || waits().filter(|other| other.owner == slot.owner).count() == 1)
+    }
+
     /// What has to become of one more request. No time may be up at its lock.
     pub fn verdict(&self, lock: usize, owner: usize, exclusive: bool) -> Verdict {
         let slots = &self.locks[lock];
@@ -211,7 +235,7 @@ impl State {
         }
         let upgrades = own().next().is_some();
         let stand = if upgrades { Stand::WaitsToUpgrade } else { Stand::Waits };
-        let mut asks = Slot { owner, exclusive, stand, listed: true, ended: false };
+        let mut asks = Slot { owner, exclusive, stand, listed: true, ended: false, marked: false };
         let place = slots.iter().position(|slot| upgrades && slot.stand == Stand::Waits || !slot.stands());
         let place = place.unwrap_or(slots.len());
         let in_way =

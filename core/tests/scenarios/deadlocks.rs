@@ -124,6 +124,45 @@ fn parallel_requests_of_one_owner_count_as_one() {
 }
 
 #[test]
+fn a_cycle_may_run_through_another_wait_of_who_stands_in_the_way() {
+    // a waits at l/1 and then at l/2, behind others. Whoever stands behind one of its waits waits for the other one too.
+    for (behind, of) in [("l/1", "l/2"), ("l/2", "l/1")] {
+        let mut w = World::new(2);
+        w.ask(0, &ask("x").lock(of, X)).granted();
+        w.ask(0, &ask("h").lock(behind, X)).granted();
+        let first = w.ask(0, &ask("a").lock("l/1", X)).waits();
+        let second = w.ask(1, &ask("a").lock("l/2", X)).waits();
+        assert_eq!(w.ask(1, &ask("x").lock(behind, X)).cycle(), ["x", "a", "x"]);
+        // Where the other one is over there is none.
+        w.cancel(if of == "l/1" { first } else { second });
+        w.ask(1, &ask("x").lock(behind, X)).waits();
+        w.finish();
+    }
+}
+
+#[test]
+fn a_crowd_in_one_line_is_searched_without_a_look_at_its_owners() {
+    let mut w = World::new(1);
+    w.checks = false;
+    w.ask(0, &ask("h").lock("l/1", X)).granted();
+    let mut arrival = |n: usize| {
+        let before = w.store.mem.accesses();
+        w.ask(0, &ask(&format!("o{n}")).lock("l/1", X)).waits();
+        w.store.mem.accesses() - before
+    };
+    let first = arrival(0);
+    let last = (1..200).map(&mut arrival).max().unwrap();
+    assert_eq!(last, first, "accesses of the store, behind 200 as behind one");
+    // Who waits elsewhere too is looked up, and nobody else.
+    w.ask(0, &ask("k").lock("l/2", X)).granted();
+    w.ask(0, &ask("o7").lock("l/2", X)).waits();
+    let before = w.store.mem.accesses();
+    w.ask(0, &ask("late").lock("l/1", X)).waits();
+    // Its waits, the other line, and who holds that.
+    assert_eq!(w.store.mem.accesses() - before, first + 3);
+}
+
+#[test]
 fn a_wait_that_has_ended_closes_nothing() {
     let mut w = World::new(2);
     w.ask(0, &ask("a").lock("l/1", X)).granted();
@@ -171,7 +210,13 @@ fn past_the_bound_of_a_search_nobody_may_wait() {
                 detached: false,
                 ttl: ms(60_000),
                 asked_by: String::new(),
-                state: State::Waiting { since: w.now, deadline: w.now + ms(1), hold: ms(60_000), upgrade: false },
+                state: State::Waiting {
+                    since: w.now,
+                    deadline: w.now + ms(1),
+                    hold: ms(60_000),
+                    upgrade: false,
+                    elsewhere: false,
+                },
             });
         }
         assert_eq!(queue.settle(1, w.now, Fence(0), highest).len(), MAX_OWNERS);

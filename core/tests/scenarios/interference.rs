@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use crate::common::{Got, S, World, X, ask, ms, owner};
+use crate::common::{Got, IS, IX, S, SIX, World, X, ask, ms, owner};
 use crate::{classes, ranked};
 use interlock_core::session::{BEAT, DEAD_AFTER};
 use interlock_core::store::{Kind, OwnerBucket, Store};
@@ -92,7 +92,7 @@ fn of_two_that_close_one_cycle_at_the_same_time_one_is_refused() {
         w.store.unhook();
         let Some(b) = answer.borrow_mut().take() else {
             a.waits();
-            assert!(at > 8, "the other was to act at access {at}");
+            assert!(at > 6, "the other was to act at access {at}");
             continue;
         };
         let refused = [&a, &b].iter().filter(|got| matches!(got, Got::Refused(_))).count();
@@ -104,6 +104,71 @@ fn of_two_that_close_one_cycle_at_the_same_time_one_is_refused() {
                 got => assert_eq!(got.slug(), "deadlock"),
             }
         }
+        w.finish();
+    }
+}
+
+#[test]
+fn of_a_second_wait_and_one_that_comes_to_stand_behind_it_one_finds_the_cycle() {
+    for (second, first) in [("l/1", "l/2"), ("l/2", "l/1")] {
+        for at in 0..40 {
+            let mut w = World::new(1);
+            w.ask(0, &ask("x").lock(first, X)).granted();
+            w.ask(0, &ask("h").lock(second, X)).granted();
+            let other = w.ask(0, &ask("a").lock(first, X)).waits();
+            let answer = Rc::new(RefCell::new(None));
+            let told = Rc::clone(&answer);
+            // Behind the second wait it waits for a, and so for the first one, which is for x.
+            let twin = in_between(&w, at, move |twin| {
+                *told.borrow_mut() = Some(twin.ask(0, &ask("x").lock(second, X)));
+            });
+            w.checks = false;
+            let a = w.ask(0, &ask("a").lock(second, X));
+            w.store.unhook();
+            let Some(x) = answer.borrow_mut().take() else {
+                a.waits();
+                assert!(at > 12, "x was to act at access {at}");
+                w.finish();
+                continue;
+            };
+            let mut stands = w.queue(second);
+            stands.retain(|entry| entry != "h!");
+            let both = matches!((&a, &x), (Got::Waits(_), Got::Waits(_)));
+            assert!(!both || stands == ["x?", "a?"], "x waits for a, and a for x (access {at}): {stands:?}");
+            if let Got::Waits(x) = x {
+                twin.borrow_mut().cancel(x);
+            }
+            if let Got::Waits(a) = a {
+                w.cancel(a);
+            }
+            w.cancel(other);
+            w.finish();
+        }
+    }
+}
+
+#[test]
+fn a_second_wait_that_is_not_marked_yet_hides_no_cycle_through_the_first() {
+    for at in 0..20 {
+        let mut w = World::new(1);
+        let reads = w.ask(0, &ask("x").lock("l/1", IS)).granted();
+        let first = w.ask(0, &ask("a").lock("l/1", X)).waits();
+        let answer = Rc::new(RefCell::new(None));
+        let told = Rc::clone(&answer);
+        let _twin = in_between(&w, at, move |twin| {
+            *told.borrow_mut() = Some(twin.ask(0, &ask("x").lock("l/1", SIX).not_reentrant()));
+        });
+        w.checks = false;
+        // It waits for its own owner, and is refused, whoever else comes.
+        let second = w.ask(0, &ask("a").lock("l/1", IX).not_reentrant());
+        w.store.unhook();
+        assert_eq!(second.slug(), "deadlock");
+        // x waits for a's first wait, which is for x.
+        if let Some(x) = answer.borrow_mut().take() {
+            assert_eq!(x.slug(), "deadlock", "access {at}");
+        }
+        w.cancel(first);
+        w.release(reads);
         w.finish();
     }
 }

@@ -36,6 +36,12 @@ fn came(entry: &Entry) -> (bool, Time) {
     }
 }
 
+/// Whether a waiter was marked as one of several waits of its owner, and is otherwise what it was. A mark is never taken back.
+fn is_marked(old: &Entry, new: &Entry) -> bool {
+    let Stand::Waiting { since, deadline, hold, upgrade, elsewhere: false } = old.state else { return false };
+    *new == Entry { state: Stand::Waiting { since, deadline, hold, upgrade, elsewhere: true }, ..old.clone() }
+}
+
 fn fence(entry: &Entry) -> Option<Fence> {
     match entry.state {
         Stand::Held { fence, .. } => Some(fence),
@@ -100,6 +106,7 @@ impl State {
         gone.into_iter().for_each(|entry| self.left(vm, name, entry));
         let old = old.as_slice();
         self.order(vm, name, old, new);
+        self.marks(vm, name, old, new);
         let mut over_waiters = false;
         for (at, entry) in new.iter().enumerate() {
             let before = old.iter().copied().find(|other| other.lease == entry.lease);
@@ -217,13 +224,30 @@ impl State {
         }
     }
 
+    /// Who marks a wait does nothing else in that write, and is a request of the same owner that asks or waits: none other
+    /// can know, and a mark that comes along with something else could come without its search.
+    fn marks(&mut self, vm: usize, name: &LockName, old: &[&Entry], new: &[Entry]) {
+        let before = |entry: &Entry| old.iter().copied().find(|before| before.lease == entry.lease);
+        let is_new_mark = |entry: &&Entry| before(entry).is_some_and(|before| is_marked(before, entry));
+        let Some(marked) = new.iter().find(is_new_mark) else { return };
+        let others = |entry: &&Entry| entry.lease != marked.lease;
+        let alone = old.len() == new.len() && new.iter().filter(others).all(|entry| before(entry) == Some(entry));
+        let asks = self.vms[vm].op.as_ref().filter(|op| matches!(op.kind, Kind::Acquire | Kind::Poll));
+        let asks = asks.and_then(|op| self.leases.get(&op.lease)).is_some_and(|known| known.owner == marked.owner);
+        if !alone || !asks {
+            self.violated(|| format!("{name}: vm{vm} marks a wait of {}, out of turn: {}", marked.owner, told(new)));
+        }
+        self.counts.marks += 1;
+    }
+
     /// An entry that was there before: it goes from waiting to holding, and else only its renewal changes.
     fn stayed(&mut self, name: &LockName, old: &Entry, new: &Entry) {
         let same = old.owner == new.owner && old.mode == new.mode;
         let moved = old.session != new.session;
         let stands = match (&old.state, &new.state) {
             (Stand::Waiting { .. }, Stand::Held { .. }) => true,
-            (Stand::Waiting { .. }, Stand::Waiting { .. }) => old.state == new.state,
+            // But for the mark that its owner waits elsewhere too: see `marks`.
+            (Stand::Waiting { .. }, Stand::Waiting { .. }) => old.state == new.state || is_marked(old, new),
             (Stand::Held { .. }, Stand::Waiting { .. }) => false,
             (Stand::Held { fence, since, until, .. }, Stand::Held { fence: f, since: s, until: u, .. }) => {
                 (fence, since, until) == (f, s, u)

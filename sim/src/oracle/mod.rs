@@ -100,6 +100,9 @@ pub struct Known {
     /// Whether it was taken by an operation that stood still for so long that its worker looked dead: then the index may
     /// miss it, and the order rule with it.
     pub slow: bool,
+    /// When the operation began that was to decide on it and in the middle of which its worker died: what it stands in since
+    /// then may be neither published nor marked.
+    pub cut: Option<Time>,
     /// Whether it was taken out of a queue for dead, or for past its deadline.
     pub reaped: bool,
     /// How many entries it has, over all locks.

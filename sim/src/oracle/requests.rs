@@ -87,6 +87,7 @@ impl State {
             broken: Vec::new(),
             told: u64::MAX,
             slow: false,
+            cut: None,
             reaped: false,
             entries: 0,
         };

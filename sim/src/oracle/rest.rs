@@ -1,6 +1,6 @@
 //! The whole, whenever nobody is in the middle of anything; and after the end of everything.
 
-use interlock_core::{Duration, Entry, LeaseId, LockName, OwnerId, Time};
+use interlock_core::{Duration, Entry, LeaseId, LockName, OwnerId, State as Stand, Time};
 
 use super::{Phase, conflict, end, owned, suffices};
 use crate::state::State;
@@ -60,6 +60,7 @@ impl State {
         }
         if waiting > 0 {
             self.no_cycle();
+            self.second_waits_are_marked();
         }
     }
 
@@ -71,10 +72,36 @@ impl State {
         })
     }
 
-    /// Whether this waiter's request is over already: where the store failed its worker takes it out with its next heartbeat, and
-    /// who stands behind it waits no longer than that.
+    /// Whether this entry is in nobody's way for long, and its owner's other waits may not have been found through it:
+    ///
+    /// - Its request is over, and it could not be taken out because the store failed; it may even have been granted the lock since.
+    ///   Its worker takes it out with its next housekeeping that nothing fails in; if that one died, its time takes it out.
+    /// - It waits, and its worker died after it stood there and before it was published, marked and searched for. It goes
+    ///   when the session counts as dead.
+    ///
+    /// Any other entry is in the way, even if its request is over or its worker dead.
     fn is_owed(&self, entry: &Entry) -> bool {
-        !entry.is_held() && self.leases.get(&entry.lease).is_some_and(|known| known.phase == Phase::Gone)
+        self.leases.get(&entry.lease).is_some_and(|known| {
+            let vm = &self.vms[known.vm];
+            let died = !vm.alive || vm.life != known.life;
+            let cut =
+                known.cut.is_some_and(|began| matches!(entry.state, Stand::Waiting { since, .. } if since >= began));
+            cut || known.phase == Phase::Gone && (vm.indebted || died)
+        })
+    }
+
+    /// Who waits in several places says so in each: a search that comes to one must not miss the others.
+    fn second_waits_are_marked(&mut self) {
+        let queues = self.locks.iter().flat_map(|slot| slot.record.queues());
+        let waits = queues.flat_map(|queue| queue.waiters()).filter(|waiter| self.is_looked_after(waiter));
+        let waits: Vec<&Entry> = waits.collect();
+        let has_another =
+            |waiter: &Entry| waits.iter().any(|other| other.owner == waiter.owner && other.lease != waiter.lease);
+        let alone = |waiter: &Entry| matches!(waiter.state, Stand::Waiting { elsewhere: false, .. });
+        let unmarked = waits.iter().find(|waiter| alone(waiter) && has_another(waiter));
+        if let Some(owner) = unmarked.map(|waiter| waiter.owner.clone()) {
+            self.violated(|| format!("{owner} waits in several places, and one of them does not say so"));
+        }
     }
 
     /// Nobody waits for itself, by whatever way: unless somebody looked dead while the others searched, and they have

@@ -166,7 +166,7 @@ fn a_contended_wait_and_its_hand_over_are_bounded() {
     let (_, release) = proxy.calls(1, || proxy.complete(waiter));
     head();
     let rows = [
-        ("contended: until parked", &wait, 11, 16),
+        ("contended: until parked", &wait, 10, 15),
         ("contended: release that hands over", &hand_over, 4, 9),
         ("contended: wake-up and resume", &resumed, 1, 8),
         ("contended: the waiter's release", &release, 4, 8),

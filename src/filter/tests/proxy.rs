@@ -560,7 +560,7 @@ impl Proxy {
 
     /// The records of one kind in a table; none for one that cannot be read.
     fn records<R: interlock_core::store::Record>(&self, table: &str, kind: &str) -> Vec<Option<R>> {
-        let prefix = format!("interlock/2/{table}/{kind}/");
+        let prefix = format!("interlock/3/{table}/{kind}/");
         let shared = self.fake.shared();
         let records = shared.iter().filter(|(key, _)| key.starts_with(&prefix));
         records.map(|(_, value)| postcard::from_bytes(&value[1..]).ok()).collect()
