@@ -106,11 +106,11 @@ fn good(owner: &str) -> Value {
 /// The request of this number.
 fn call(seed: u64, number: usize, receipt: &str) -> Call {
     let mut dice = Dice::new(seed, number);
-    let whole = good("a stranger").to_string();
+    let whole = good("a-stranger").to_string();
     let put = |body: Vec<u8>| Call::bad("PUT", LEASE, body);
     let text = |value: Value| value.to_string().into_bytes();
     let with = |name: &str, value: Value| {
-        let mut body = good("a stranger");
+        let mut body = good("a-stranger");
         body[name] = value;
         text(body)
     };
@@ -190,6 +190,7 @@ fn call(seed: u64, number: usize, receipt: &str) -> Call {
         _ => {
             let wrong = [
                 ("owner", json!("")),
+                ("owner", json!("a stranger")),
                 ("owner", json!("x".repeat(257))),
                 ("owner", json!(["a"])),
                 ("locks", json!([])),

@@ -343,7 +343,7 @@ impl Target for Leased {
     async fn refuses_no_name(&mut self) -> Result<(), Wrong> {
         for locks in [json!([]), json!([{}]), json!([{ "name": "" }]), json!([{ "name": null }])] {
             let path = format!("leases/lease-{:04}-without-a-name", self.number);
-            let body = json!({ "owner": "a stranger", "locks": locks }).to_string();
+            let body = json!({ "owner": "a-stranger", "locks": locks }).to_string();
             let answer = self.ask("a stranger", Method::PUT, &path).body(body).send().await.expect("an answer");
             if answer.status != 400 {
                 return Err(format!("{locks} is answered {}: {}", answer.status, answer.text()));
