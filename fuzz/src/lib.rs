@@ -15,12 +15,13 @@ pub mod lock_name;
 pub mod policy;
 pub mod records;
 pub mod table;
+pub mod told;
 
 /// A target: what it does with its input.
 pub type Target = fn(&[u8]);
 
 /// Every target under its name, which is also that of its file in `libfuzzer/fuzz_targets` and of its folder in `corpus`.
-pub const TARGETS: [(&str, Target); 7] = [
+pub const TARGETS: [(&str, Target); 8] = [
     ("lease_api", lease_api::run),
     ("lock_fence", lock_fence::run),
     ("lock_header", lock_header::run),
@@ -28,4 +29,5 @@ pub const TARGETS: [(&str, Target); 7] = [
     ("policy", policy::run),
     ("records", records::run),
     ("table", table::run),
+    ("told", told::run),
 ];

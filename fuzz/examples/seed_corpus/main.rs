@@ -10,6 +10,7 @@ mod policies;
 mod records;
 mod requests;
 mod schedules;
+mod told;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -50,6 +51,7 @@ fn main() {
         ("policy", policies::seeds(&cases)),
         ("records", records::seeds(&cases)),
         ("table", schedules::seeds(&cases)),
+        ("told", told::seeds()),
     ];
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus");
     for (target, seeds) in all {
