@@ -40,7 +40,7 @@ pub fn measured(run: &Run<'_>, findings: &Findings, verdicts: &[Verdict]) -> Str
 
 /// Puts it into the page, in the place of what was measured before; a page that is not there is made of it.
 pub fn write(file: &Path, measured: &str) -> Result<()> {
-    let measured = format!("{BEGIN}\n\n{}\n\n{END}", measured.trim());
+    let measured = format!("{BEGIN}\n\n{}\n\n{END}", measured.trim_matches('\n'));
     let page = if file.exists() {
         let page = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
         let (before, rest) = page.split_once(BEGIN).unwrap_or(("", ""));
