@@ -1,8 +1,8 @@
 //! [`Host`] over the proxy-wasm ABI 0.2.1, as Envoy serves it. The only module that declares or calls a host function.
 //!
 //! The SDK's own wrappers are not used, because they panic on every status that they do not list and on text that is
-//! not UTF-8. The one exception is that for calls of other services: the SDK panics as well when an answer comes to a call
-//! that it did not send itself. It lists both statuses that Envoy (1.40) has for such a call. Signatures are those of proxy-wasm 0.2.5, `src/hostcalls.rs`, with the status as a plain number, since a
+//! not UTF-8. The one exception are those for calls of other services, and for streams to them: the SDK panics as well when an
+//! answer comes to a call that it did not send itself, or drops it. It lists the statuses that Envoy (1.40) has for them. Signatures are those of proxy-wasm 0.2.5, `src/hostcalls.rs`, with the status as a plain number, since a
 //! host may answer numbers that no enum knows. What must not live here: anything that decides.
 #![allow(unsafe_code)]
 
@@ -11,8 +11,8 @@ use core::ptr::{null, null_mut};
 use interlock_core::{Duration, Time};
 
 use super::{
-    Call, CallToken, Cas, ContextId, Expected, Fields, Headers, Host, HostError, Level, MetricId, MetricKind, QueueId,
-    Reply, Status, Stored,
+    Call, CallToken, Cas, ContextId, Expected, Fields, Headers, Host, HostError, Level, Method, MetricId, MetricKind,
+    QueueId, Reply, Status, Stored, StreamToken,
 };
 
 /// The ABI. Pointers must be valid for the length that follows them; results go where the `return_` pointers say.
@@ -88,6 +88,13 @@ mod abi {
             grpc_status: i32,
         ) -> u32;
         pub fn proxy_set_effective_context(context: u32) -> u32;
+        pub fn proxy_grpc_send(stream: u32, message: *const u8, message_size: usize, end_stream: u32) -> u32;
+        pub fn proxy_grpc_cancel(token: u32) -> u32;
+        pub fn proxy_get_status(
+            return_code: *mut u32,
+            return_message: *mut *mut u8,
+            return_message_size: *mut usize,
+        ) -> u32;
         pub fn proxy_define_metric(kind: u32, name: *const u8, name_size: usize, return_id: *mut u32) -> u32;
         pub fn proxy_get_metric(metric: u32, return_value: *mut u64) -> u32;
         pub fn proxy_record_metric(metric: u32, value: u64) -> u32;
@@ -115,6 +122,8 @@ const REQUEST_TRAILERS: u32 = 1;
 const ANSWER_HEADERS: u32 = 6;
 /// `WasmBufferType::HttpCallResponseBody`.
 const ANSWER_BODY: u32 = 4;
+/// `WasmBufferType::GrpcReceiveBuffer`.
+const MESSAGE: u32 = 5;
 /// `WasmBufferType::PluginConfiguration`.
 const PLUGIN_CONFIGURATION: u32 = 7;
 const REQUEST_BODY: u32 = 0;
@@ -228,6 +237,27 @@ fn remove(call: &'static str, map: u32, name: &str) -> Result<(), HostError> {
         None | Some(Status::NotFound) => Ok(()),
         Some(status) => Err(HostError { call, status }),
     }
+}
+
+/// Where a gRPC call goes, as Envoy's message for it: `GrpcService { envoy_grpc { cluster_name: 1, authority: 2 } }`.
+///
+/// Envoy takes the bare name of a cluster as well, but only where the name is no such message by chance; and
+/// `interlock-etcd` is one. Lengths below 128 are one byte each, which keeps the message the text that the SDK asks for.
+fn target(call: &'static str, method: &Method<'_>) -> Result<String, HostError> {
+    let mut inner = Vec::new();
+    for (tag, text) in [(0x0a, method.cluster), (0x12, method.authority)] {
+        if !text.is_empty() {
+            inner.extend([tag, u8::try_from(text.len()).unwrap_or(u8::MAX)]);
+            inner.extend_from_slice(text.as_bytes());
+        }
+    }
+    let mut target = vec![0x0a, u8::try_from(inner.len()).unwrap_or(u8::MAX)];
+    target.append(&mut inner);
+    String::from_utf8(target).map_err(|_| HostError { call, status: Status::BadArgument })
+}
+
+fn refused(call: &'static str, status: proxy_wasm::types::Status) -> HostError {
+    HostError { call, status: failure(status as u32).unwrap_or(Status::InternalFailure) }
 }
 
 /// The host of this VM.
@@ -460,11 +490,7 @@ impl Host for Envoy {
         let body = (!call.body.is_empty()).then_some(call.body);
         let sent =
             proxy_wasm::hostcalls::dispatch_http_call(call.cluster, call.headers.to_vec(), body, Vec::new(), timeout);
-        let refused = |status: proxy_wasm::types::Status| {
-            let status = failure(status as u32).unwrap_or(Status::InternalFailure);
-            HostError { call: "call", status }
-        };
-        sent.map(CallToken).map_err(refused)
+        sent.map(CallToken).map_err(|status| refused("call", status))
     }
 
     fn answer_header(&self, name: &str) -> Result<Option<Vec<u8>>, HostError> {
@@ -473,6 +499,51 @@ impl Host for Envoy {
 
     fn answer_body(&self, most: usize) -> Result<Vec<u8>, HostError> {
         body("answer_body", ANSWER_BODY, most)
+    }
+
+    fn grpc_call(&self, method: &Method<'_>, message: &[u8], timeout: Duration) -> Result<CallToken, HostError> {
+        let most = Duration::from_millis(u64::from(u32::MAX));
+        let timeout = timeout.clamp(Duration::from_millis(1), most);
+        let target = target("grpc_call", method)?;
+        let metadata = method.metadata.to_vec();
+        let sent = proxy_wasm::hostcalls::dispatch_grpc_call(
+            &target,
+            method.service,
+            method.name,
+            metadata,
+            Some(message),
+            timeout,
+        );
+        sent.map(CallToken).map_err(|status| refused("grpc_call", status))
+    }
+
+    fn grpc_open(&self, method: &Method<'_>) -> Result<StreamToken, HostError> {
+        let target = target("grpc_open", method)?;
+        let metadata = method.metadata.to_vec();
+        let opened = proxy_wasm::hostcalls::open_grpc_stream(&target, method.service, method.name, metadata);
+        opened.map(StreamToken).map_err(|status| refused("grpc_open", status))
+    }
+
+    fn grpc_send(&self, stream: StreamToken, message: &[u8]) -> Result<(), HostError> {
+        // SAFETY: `message` lives over the call.
+        check("grpc_send", unsafe { abi::proxy_grpc_send(stream.0, message.as_ptr(), message.len(), 0) })
+    }
+
+    fn grpc_cancel(&self, token: u32) -> Result<(), HostError> {
+        // SAFETY: no pointers.
+        check("grpc_cancel", unsafe { abi::proxy_grpc_cancel(token) })
+    }
+
+    fn message(&self, most: usize) -> Result<Vec<u8>, HostError> {
+        body("message", MESSAGE, most)
+    }
+
+    fn grpc_message(&self) -> String {
+        let mut got = Returned::none();
+        let mut code = 0;
+        // SAFETY: `code` and `got` live over the call.
+        let status = unsafe { abi::proxy_get_status(&raw mut code, &raw mut got.data, &raw mut got.size) };
+        if status == 0 { String::from_utf8_lossy(&got.into_vec()).into_owned() } else { String::new() }
     }
 
     fn set_tick(&self, period: Duration) -> Result<(), HostError> {

@@ -17,7 +17,7 @@ use std::rc::Rc;
 
 use interlock_core::{Duration, Time};
 
-pub(crate) use callouts::{CallAnswer, SentCall};
+pub(crate) use callouts::{CallAnswer, GrpcAnswer, SentCall};
 
 use callouts::Callouts;
 use faults::Faults;

@@ -44,6 +44,25 @@ pub struct MetricId(pub u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct CallToken(pub u32);
 
+/// A gRPC stream to another service that was opened. Unique in this VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct StreamToken(pub u32);
+
+/// A method of another service, over gRPC.
+#[derive(Clone, Copy, Debug)]
+pub struct Method<'a> {
+    /// The cluster that serves it, as Envoy's configuration names it. It must speak HTTP/2.
+    pub cluster: &'a str,
+    /// The `:authority` of the call; empty: that of the cluster.
+    pub authority: &'a str,
+    /// The service, with its package.
+    pub service: &'a str,
+    /// The method.
+    pub name: &'a str,
+    /// Metadata to begin with.
+    pub metadata: &'a [(&'a str, &'a [u8])],
+}
+
 /// A call of another service, over HTTP.
 #[derive(Clone, Copy, Debug)]
 pub struct Call<'a> {
@@ -357,6 +376,60 @@ pub trait Host {
     /// # Errors
     /// What the host says of it.
     fn answer_body(&self, most: usize) -> Result<Vec<u8>, HostError>;
+
+    // A host without gRPC need not say so.
+
+    /// Calls a method of another service over gRPC: one message, one answer. The answer comes as that of [`Host::call`] does,
+    /// and is then read with [`Host::message`], or [`Host::grpc_message`] where it failed.
+    ///
+    /// # Errors
+    /// `InternalFailure` where it ended at once: the cluster is not there, or has no healthy host. No answer comes then.
+    fn grpc_call(&self, method: &Method<'_>, message: &[u8], timeout: Duration) -> Result<CallToken, HostError> {
+        let _ = (method, message, timeout);
+        Err(HostError { call: "grpc_call", status: Status::Unimplemented })
+    }
+
+    /// Opens a stream of messages in both directions, which belongs to the root whose callback runs: from that of a root
+    /// only. It is closed with that root, and nobody is told.
+    ///
+    /// # Errors
+    /// As [`Host::grpc_call`].
+    fn grpc_open(&self, method: &Method<'_>) -> Result<StreamToken, HostError> {
+        let _ = method;
+        Err(HostError { call: "grpc_open", status: Status::Unimplemented })
+    }
+
+    /// Sends a message on a stream. From callbacks of a root only.
+    ///
+    /// # Errors
+    /// `NotFound` for one that is closed.
+    fn grpc_send(&self, stream: StreamToken, message: &[u8]) -> Result<(), HostError> {
+        let _ = (stream, message);
+        Err(HostError { call: "grpc_send", status: Status::Unimplemented })
+    }
+
+    /// Resets a stream, or has a call given up. Nobody is told of its end.
+    ///
+    /// # Errors
+    /// `NotFound` for one that is over.
+    fn grpc_cancel(&self, token: u32) -> Result<(), HostError> {
+        let _ = token;
+        Err(HostError { call: "grpc_cancel", status: Status::Unimplemented })
+    }
+
+    /// Up to `most` bytes of the message whose callback runs; none outside of it.
+    ///
+    /// # Errors
+    /// What the host says of it.
+    fn message(&self, most: usize) -> Result<Vec<u8>, HostError> {
+        let _ = most;
+        Err(HostError { call: "message", status: Status::Unimplemented })
+    }
+
+    /// The words that go with the status of the call, or of the stream, whose end is being told; empty where there are none.
+    fn grpc_message(&self) -> String {
+        String::new()
+    }
 
     /// Asks for ticks of the root of the effective context, one this span after the last; rounded up to whole
     /// milliseconds, at least one. A new call replaces the running timer: the next tick is this span from now.

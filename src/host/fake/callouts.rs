@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use interlock_core::{Duration, Time};
 
 use super::FakeHost;
-use crate::host::{Call, CallToken, ContextId};
+use crate::host::{Call, CallToken, ContextId, Method, StreamToken};
 
 /// A call that was sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,6 +28,39 @@ impl SentCall {
     pub(crate) fn target(&self) -> (&str, &str) {
         (&self.headers[":method"], &self.headers[":path"])
     }
+}
+
+/// A call of a gRPC method that was sent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct SentMethod {
+    pub(crate) token: CallToken,
+    pub(crate) root: u32,
+    /// The stream to which the answer goes, if one sent it.
+    pub(crate) stream: Option<ContextId>,
+    pub(crate) cluster: String,
+    /// The service and the method.
+    pub(crate) method: (String, String),
+    pub(crate) metadata: BTreeMap<String, Vec<u8>>,
+    pub(crate) message: Vec<u8>,
+    pub(crate) timeout: Duration,
+}
+
+/// A gRPC stream that is open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct OpenStream {
+    pub(crate) token: StreamToken,
+    pub(crate) root: u32,
+    pub(crate) method: (String, String),
+    pub(crate) metadata: BTreeMap<String, Vec<u8>>,
+    /// What was sent on it and not yet taken.
+    pub(crate) sent: Vec<Vec<u8>>,
+}
+
+/// What a gRPC call or stream gives: a message, or its end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum GrpcAnswer {
+    Message(Vec<u8>),
+    Status(u32, String),
 }
 
 /// An answer to a call. Without headers it is one that was cut.
@@ -64,6 +97,10 @@ pub(super) struct Callouts {
     open: Vec<SentCall>,
     /// The answer whose callback runs.
     answer: Option<CallAnswer>,
+    methods: Vec<SentMethod>,
+    streams: Vec<OpenStream>,
+    /// The message, or the end of a gRPC call or stream, whose callback runs.
+    grpc: Option<GrpcAnswer>,
 }
 
 impl FakeHost {
@@ -98,7 +135,114 @@ impl FakeHost {
 
     /// A root has gone: its calls are cancelled.
     pub(super) fn cancel_calls(&self, root: u32) {
-        self.callouts.borrow_mut().open.retain(|call| call.root != root);
+        let mut callouts = self.callouts.borrow_mut();
+        callouts.open.retain(|call| call.root != root);
+        callouts.methods.retain(|call| call.root != root);
+        callouts.streams.retain(|stream| stream.root != root);
+    }
+
+    /// The gRPC calls that are not answered, oldest first.
+    pub(crate) fn open_methods(&self) -> Vec<SentMethod> {
+        self.callouts.borrow().methods.clone()
+    }
+
+    /// The gRPC streams that are open.
+    pub(crate) fn open_streams(&self) -> Vec<OpenStream> {
+        self.callouts.borrow().streams.clone()
+    }
+
+    /// What was sent on a stream since this was last asked.
+    pub(crate) fn take_sent(&self, token: StreamToken) -> Vec<Vec<u8>> {
+        let mut callouts = self.callouts.borrow_mut();
+        let stream = callouts.streams.iter_mut().find(|stream| stream.token == token);
+        stream.map(|stream| core::mem::take(&mut stream.sent)).unwrap_or_default()
+    }
+
+    /// As [`FakeHost::answer_call`], for a gRPC call.
+    pub(crate) fn answer_method(&self, token: CallToken, answer: GrpcAnswer) -> Option<SentMethod> {
+        let call = {
+            let mut callouts = self.callouts.borrow_mut();
+            let at = callouts.methods.iter().position(|call| call.token == token)?;
+            callouts.methods.remove(at)
+        };
+        let alive = call.stream.is_none_or(|stream| self.streams.borrow().contains_key(&stream));
+        if !alive {
+            return None;
+        }
+        self.set_root(call.root);
+        self.run(None);
+        self.callouts.borrow_mut().grpc = Some(answer);
+        Some(call)
+    }
+
+    /// Something comes on a stream; its end closes it. False where it is closed.
+    pub(crate) fn deliver(&self, token: StreamToken, answer: GrpcAnswer) -> bool {
+        let root = {
+            let mut callouts = self.callouts.borrow_mut();
+            let Some(at) = callouts.streams.iter().position(|stream| stream.token == token) else { return false };
+            let root = callouts.streams.get(at).map_or(0, |stream| stream.root);
+            if matches!(answer, GrpcAnswer::Status(..)) {
+                callouts.streams.remove(at);
+            }
+            callouts.grpc = Some(answer);
+            root
+        };
+        self.set_root(root);
+        self.run(None);
+        true
+    }
+
+    /// The callback for a gRPC message or status has ended.
+    pub(crate) fn delivered(&self) {
+        self.callouts.borrow_mut().grpc = None;
+    }
+
+    pub(super) fn send_method(&self, method: &Method<'_>, message: &[u8], timeout: Duration) -> CallToken {
+        assert!(!timeout.is_zero(), "a call without a timeout");
+        let mut callouts = self.callouts.borrow_mut();
+        callouts.tokens += 1;
+        let token = CallToken(callouts.tokens);
+        callouts.methods.push(SentMethod {
+            token,
+            root: self.root.get(),
+            stream: self.running.get(),
+            cluster: method.cluster.to_owned(),
+            method: (method.service.to_owned(), method.name.to_owned()),
+            metadata: metadata_of(method),
+            message: message.to_vec(),
+            timeout,
+        });
+        token
+    }
+
+    pub(super) fn open_stream(&self, method: &Method<'_>) -> StreamToken {
+        assert_eq!(self.running.get(), None, "a stream that is opened from the callback of a request dies with it");
+        let mut callouts = self.callouts.borrow_mut();
+        callouts.tokens += 1;
+        let token = StreamToken(callouts.tokens);
+        let method_name = (method.service.to_owned(), method.name.to_owned());
+        let metadata = metadata_of(method);
+        let root = self.root.get();
+        callouts.streams.push(OpenStream { token, root, method: method_name, metadata, sent: Vec::new() });
+        token
+    }
+
+    pub(super) fn send_on(&self, token: StreamToken, message: &[u8]) -> bool {
+        let mut callouts = self.callouts.borrow_mut();
+        let stream = callouts.streams.iter_mut().find(|stream| stream.token == token);
+        stream.map(|stream| stream.sent.push(message.to_vec())).is_some()
+    }
+
+    pub(super) fn cancel(&self, token: u32) -> bool {
+        let mut callouts = self.callouts.borrow_mut();
+        let before = callouts.streams.len() + callouts.methods.len();
+        callouts.streams.retain(|stream| stream.token.0 != token);
+        callouts.methods.retain(|call| call.token.0 != token);
+        callouts.streams.len() + callouts.methods.len() < before
+    }
+
+    pub(super) fn grpc_answer(&self) -> Option<GrpcAnswer> {
+        self.callouts.borrow().grpc.clone()
     }
 
     pub(super) fn send_call(&self, call: &Call<'_>) -> CallToken {
@@ -128,4 +272,8 @@ impl FakeHost {
     pub(super) fn of_answer<T>(&self, part: impl FnOnce(&CallAnswer) -> T) -> Option<T> {
         self.callouts.borrow().answer.as_ref().map(part)
     }
+}
+
+fn metadata_of(method: &Method<'_>) -> BTreeMap<String, Vec<u8>> {
+    method.metadata.iter().map(|(name, value)| ((*name).to_owned(), value.to_vec())).collect()
 }

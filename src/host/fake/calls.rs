@@ -4,10 +4,10 @@ use std::collections::VecDeque;
 
 use interlock_core::{Duration, Time};
 
-use super::{FakeHost, FakeQueue, Metric, Phase, SentReply, values};
+use super::{FakeHost, FakeQueue, GrpcAnswer, Metric, Phase, SentReply, values};
 use crate::host::{
-    Call, CallToken, Cas, ContextId, Expected, Fields, Headers, Host, HostError, Level, MetricId, MetricKind, QueueId,
-    Reply, Status, Stored,
+    Call, CallToken, Cas, ContextId, Expected, Fields, Headers, Host, HostError, Level, Method, MetricId, MetricKind,
+    QueueId, Reply, Status, Stored, StreamToken,
 };
 
 impl Host for FakeHost {
@@ -262,6 +262,45 @@ impl Host for FakeHost {
         self.fault("answer_body")?;
         let body = self.of_answer(|answer| answer.body.get(..most).unwrap_or(&answer.body).to_vec());
         Ok(body.unwrap_or_default())
+    }
+
+    fn grpc_call(&self, method: &Method<'_>, message: &[u8], timeout: Duration) -> Result<CallToken, HostError> {
+        self.count(|calls| calls.callouts += 1);
+        self.fault("grpc_call")?;
+        Ok(self.send_method(method, message, timeout))
+    }
+
+    fn grpc_open(&self, method: &Method<'_>) -> Result<StreamToken, HostError> {
+        self.fault("grpc_open")?;
+        Ok(self.open_stream(method))
+    }
+
+    fn grpc_send(&self, stream: StreamToken, message: &[u8]) -> Result<(), HostError> {
+        self.fault("grpc_send")?;
+        let gone = HostError { call: "grpc_send", status: Status::NotFound };
+        if self.send_on(stream, message) { Ok(()) } else { Err(gone) }
+    }
+
+    fn grpc_cancel(&self, token: u32) -> Result<(), HostError> {
+        self.fault("grpc_cancel")?;
+        let gone = HostError { call: "grpc_cancel", status: Status::NotFound };
+        if self.cancel(token) { Ok(()) } else { Err(gone) }
+    }
+
+    fn message(&self, most: usize) -> Result<Vec<u8>, HostError> {
+        self.count(|calls| calls.answer_reads += 1);
+        self.fault("message")?;
+        Ok(match self.grpc_answer() {
+            Some(GrpcAnswer::Message(bytes)) => bytes.get(..most).unwrap_or(&bytes).to_vec(),
+            _ => Vec::new(),
+        })
+    }
+
+    fn grpc_message(&self) -> String {
+        match self.grpc_answer() {
+            Some(GrpcAnswer::Status(_, message)) => message,
+            _ => String::new(),
+        }
     }
 
     fn set_tick(&self, period: Duration) -> Result<(), HostError> {
