@@ -13,7 +13,7 @@ use proxy_wasm::types::{Action, ContextType, LogLevel};
 
 use crate::filter::{Active, Flow, Runtime};
 use crate::host::envoy::Envoy;
-use crate::host::{CallToken, ContextId, Host, Level, QueueId};
+use crate::host::{CallToken, ContextId, Host, Level, QueueId, StreamToken};
 use crate::policy::Policy;
 
 type Shared = Rc<RefCell<Runtime>>;
@@ -27,12 +27,12 @@ static HOST: Envoy = Envoy;
 
 proxy_wasm::main! {{
     proxy_wasm::set_log_level(LogLevel::Trace);
-    proxy_wasm::set_root_context(|_| Box::new(Root::default()));
+    proxy_wasm::set_root_context(|id| Box::new(Root { id: ContextId(id), running: None }));
 }}
 
 /// One configuration of the filter.
-#[derive(Default)]
 struct Root {
+    id: ContextId,
     running: Option<(Rc<Active>, Shared)>,
 }
 
@@ -46,6 +46,7 @@ impl Root {
         let runtime = match known {
             Some(runtime) => {
                 let mut borrowed = runtime.try_borrow_mut().map_err(|error| error.to_string())?;
+                borrowed.in_root(self.id);
                 borrowed.reconfigure(&HOST, Rc::clone(&active)).map_err(|error| error.to_string())?;
                 drop(borrowed);
                 runtime
@@ -66,14 +67,50 @@ impl Root {
     }
 }
 
+impl Root {
+    /// The instances, for a callback of this root.
+    fn all(&self) -> Vec<Shared> {
+        let all = all();
+        for runtime in &all {
+            with(runtime, |runtime| runtime.in_root(self.id));
+        }
+        all
+    }
+
+    /// The same, for a callback that nothing was done in yet: there a stream may be opened.
+    fn all_afresh(&self) -> Vec<Shared> {
+        let all = self.all();
+        let _ = all.iter().any(|runtime| with(runtime, |runtime| runtime.open_stream(&HOST)).unwrap_or(false));
+        all
+    }
+}
+
 impl Context for Root {
     fn on_http_call_response(&mut self, token: u32, headers: usize, _: usize, _: usize) {
+        self.all();
         answered(token, headers, false);
+    }
+
+    fn on_grpc_call_response(&mut self, token: u32, status: u32, _: usize) {
+        self.all();
+        called(token, status, false);
+    }
+
+    fn on_grpc_stream_message(&mut self, token: u32, _: usize) {
+        for runtime in self.all() {
+            with(&runtime, |runtime| runtime.stream_message(&HOST, StreamToken(token)));
+        }
+    }
+
+    fn on_grpc_stream_close(&mut self, token: u32, status: u32) {
+        for runtime in self.all() {
+            with(&runtime, |runtime| runtime.stream_closed(&HOST, StreamToken(token), status));
+        }
     }
 
     /// The last chance to send something: the process may end.
     fn on_done(&mut self) -> bool {
-        for runtime in all() {
+        for runtime in self.all() {
             with(&runtime, |runtime| runtime.attend(&HOST));
         }
         true
@@ -90,7 +127,7 @@ impl RootContext for Root {
     }
 
     fn on_tick(&mut self) {
-        let due = all().into_iter().filter_map(|runtime| with(&runtime, |runtime| runtime.tick(&HOST)));
+        let due = self.all_afresh().into_iter().filter_map(|runtime| with(&runtime, |runtime| runtime.tick(&HOST)));
         if let Err(error) = HOST.set_tick(due.min().unwrap_or(BEAT)) {
             HOST.log(Level::Error, &format!("interlock: {error}"));
         }
@@ -98,7 +135,7 @@ impl RootContext for Root {
 
     fn on_queue_ready(&mut self, queue: u32) {
         // It may be another instance's: whichever root ticks listens for all.
-        for runtime in all() {
+        for runtime in self.all_afresh() {
             with(&runtime, |runtime| runtime.queue_ready(&HOST, QueueId(queue)));
         }
     }
@@ -131,6 +168,12 @@ impl Context for Stream {
         HOST.leave();
         answered(token, headers, true);
     }
+
+    /// As above.
+    fn on_grpc_call_response(&mut self, token: u32, status: u32, _: usize) {
+        HOST.leave();
+        called(token, status, true);
+    }
 }
 
 impl HttpContext for Stream {
@@ -161,6 +204,13 @@ impl HttpContext for Stream {
 fn answered(token: u32, headers: usize, of_stream: bool) {
     for runtime in all() {
         with(&runtime, |runtime| runtime.call_answered(&HOST, CallToken(token), headers, of_stream));
+    }
+}
+
+/// The same, over gRPC.
+fn called(token: u32, status: u32, of_stream: bool) {
+    for runtime in all() {
+        with(&runtime, |runtime| runtime.method_answered(&HOST, CallToken(token), status, of_stream));
     }
 }
 

@@ -19,10 +19,11 @@ use interlock_core::{Cause, Fence, Limit, LockName, Loss, Mode, OwnerId, Refusal
 use serde_json::Value;
 
 /// The pages with policies in them.
-const PAGES: [&str; 8] = [
+const PAGES: [&str; 9] = [
     "docs/policy.md",
     "docs/api.md",
     "docs/authority.md",
+    "docs/etcd.md",
     "docs/guard.md",
     "docs/rollout.md",
     "README.md",
@@ -78,7 +79,7 @@ fn rows(page: &str, header: &str) -> Vec<Vec<String>> {
 #[test]
 fn every_policy_of_the_bootstraps_parses() {
     let mesh = ["authority", "orders", "payments", "shipping", "stock"].map(|name| format!("envoy/mesh/{name}.yaml"));
-    let alone = ["local", "authority", "sidecar"].map(|name| format!("envoy/{name}.yaml"));
+    let alone = ["local", "authority", "sidecar", "etcd/sidecar"].map(|name| format!("envoy/{name}.yaml"));
     for file in alone.iter().chain(&mesh) {
         let bootstrap = yaml(&read(file));
         let filters = &bootstrap["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0];

@@ -102,8 +102,39 @@ impl Request {
         self.wants.iter().map(|want| want.ttl).min().unwrap_or(Duration::MAX)
     }
 
+    /// The identity of its lease.
+    pub fn lease(&self) -> LeaseId {
+        self.lease
+    }
+
+    /// Goes on under another identity.
+    #[must_use]
+    pub fn renamed(self, lease: LeaseId) -> Self {
+        Request { lease, ..self }
+    }
+
+    /// For whom.
+    pub fn owner(&self) -> &OwnerId {
+        &self.owner
+    }
+
+    /// When it came in.
+    pub fn arrived(&self) -> Time {
+        self.arrived
+    }
+
+    /// Whether the owner's other leases let it pass.
+    pub fn is_reentrant(&self) -> bool {
+        self.reentrant
+    }
+
+    /// Who asks.
+    pub fn asker(&self) -> &str {
+        &self.asked_by
+    }
+
     /// Whether the lock was asked for by name, and not only implied by one below it.
-    pub(crate) fn asks_for(&self, name: &LockName) -> bool {
+    pub fn asks_for(&self, name: &LockName) -> bool {
         self.asked.contains(name)
     }
 

@@ -1,11 +1,12 @@
 //! Where locks are kept. One module a backend; the rules about locks are the core's.
 //!
-//! A request is asked for in the way of its backend: `local` decides at once, `authority` when an answer comes. From then on
+//! A request is asked for in the way of its backend: `local` decides at once, `authority` and `etcd` when an answer comes. From then on
 //! the filter treats all alike, by what is here: a request [`Waiting`] is polled, whenever its backend says that something was
 //! decided, or cancelled; a [`Lease`] is looked after and released. Each carries what its own backend needs, so that a request
 //! goes on where it began, whatever is configured meanwhile.
 
 pub mod authority;
+pub mod etcd;
 pub mod local;
 pub mod seen;
 #[cfg(test)]
@@ -19,6 +20,7 @@ use crate::answer::Reject;
 use crate::host::{Host, HostError, Status};
 use crate::policy;
 use authority::Authority;
+use etcd::Etcd;
 use local::Local;
 
 /// Which of an instance's tables.
@@ -64,6 +66,8 @@ pub enum Waiting {
     Local(interlock_core::Pending),
     /// For an answer.
     Authority(authority::Waiting),
+    /// For its turn in etcd.
+    Etcd(etcd::Waiting),
 }
 
 impl Waiting {
@@ -72,6 +76,7 @@ impl Waiting {
         match self {
             Waiting::Local(pending) => pending.owner(),
             Waiting::Authority(waiting) => waiting.owner(),
+            Waiting::Etcd(waiting) => waiting.owner(),
         }
     }
 
@@ -80,6 +85,7 @@ impl Waiting {
         match self {
             Waiting::Local(pending) => pending.waits_for(),
             Waiting::Authority(waiting) => waiting.waits_for(),
+            Waiting::Etcd(waiting) => waiting.waits_for(),
         }
     }
 
@@ -87,7 +93,7 @@ impl Waiting {
     pub fn poll_at(&self) -> Time {
         match self {
             Waiting::Local(pending) => pending.poll_at(),
-            Waiting::Authority(_) => Time::NEVER,
+            Waiting::Authority(_) | Waiting::Etcd(_) => Time::NEVER,
         }
     }
 }
@@ -100,6 +106,8 @@ pub enum Lease {
     Local(interlock_core::Lease),
     /// At an authority.
     Authority(authority::Lease),
+    /// In etcd.
+    Etcd(etcd::Lease),
 }
 
 impl Lease {
@@ -108,6 +116,7 @@ impl Lease {
         match self {
             Lease::Local(lease) => lease.owner(),
             Lease::Authority(lease) => lease.owner(),
+            Lease::Etcd(lease) => lease.owner(),
         }
     }
 
@@ -116,6 +125,7 @@ impl Lease {
         match self {
             Lease::Local(lease) => lease.grants(),
             Lease::Authority(lease) => lease.grants(),
+            Lease::Etcd(lease) => lease.grants(),
         }
     }
 
@@ -136,6 +146,7 @@ pub struct Backends {
     enforce: Option<Local>,
     audit: Option<Local>,
     authorities: Vec<Authority>,
+    etcds: Vec<Etcd>,
     /// How many clients there were.
     numbered: u32,
 }
@@ -187,6 +198,29 @@ impl Backends {
         self.authorities.get_mut(index).ok_or(HostError { call: "authority", status: Status::NotFound })
     }
 
+    /// The client of etcd; makes one if there is none.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn etcd(
+        &mut self,
+        host: &dyn Host,
+        instance: &str,
+        at: &Arc<policy::Etcd>,
+        purpose: Purpose,
+    ) -> Result<&mut Etcd, HostError> {
+        let index = match self.etcds.iter().position(|etcd| etcd.is(at, purpose)) {
+            Some(index) => index,
+            None => {
+                self.numbered += 1;
+                self.etcds.push(Etcd::open(host, instance, self.numbered, Arc::clone(at), purpose)?);
+                self.etcds.len() - 1
+            }
+        };
+        // As above.
+        self.etcds.get_mut(index).ok_or(HostError { call: "etcd", status: Status::NotFound })
+    }
+
     /// Leaves the tables in this Envoy.
     pub fn close_locals(&mut self) {
         (self.enforce, self.audit) = (None, None);
@@ -195,7 +229,13 @@ impl Backends {
     /// When something is due: a heartbeat, or something that has to do with an authority.
     pub fn next_due(&self) -> Time {
         let beats = self.enforce.iter().chain(&self.audit).map(Local::next_beat);
-        beats.chain(self.authorities.iter().map(Authority::next_due)).min().unwrap_or(Time::NEVER)
+        let far = self.authorities.iter().map(Authority::next_due).chain(self.etcds.iter().map(Etcd::next_due));
+        beats.chain(far).min().unwrap_or(Time::NEVER)
+    }
+
+    /// The clients of etcd.
+    pub fn etcds(&mut self) -> &mut [Etcd] {
+        &mut self.etcds
     }
 
     /// The clients of all authorities.
@@ -207,16 +247,27 @@ impl Backends {
     pub fn retire(&mut self, current: &policy::Backend) {
         self.authorities.retain(|authority| {
             let named = |purpose| match current {
-                policy::Backend::Local => false,
+                policy::Backend::Local | policy::Backend::Etcd(_) => false,
                 policy::Backend::Authority(at) => authority.is(at, purpose),
             };
             !authority.is_idle() || Purpose::ALL.into_iter().any(named)
+        });
+        self.etcds.retain(|etcd| {
+            let named = |purpose| match current {
+                policy::Backend::Local | policy::Backend::Authority(_) => false,
+                policy::Backend::Etcd(at) => etcd.is(at, purpose),
+            };
+            !etcd.is_closed() || Purpose::ALL.into_iter().any(named)
         });
     }
 
     /// Whether no lease is asked for, held or to be given back by message.
     pub fn is_idle(&self) -> bool {
-        self.authorities.iter().all(Authority::is_idle)
+        self.authorities.iter().all(Authority::is_idle) && self.etcds.iter().all(Etcd::is_idle)
+    }
+
+    fn etcd_of(&mut self, client: u32) -> Option<&mut Etcd> {
+        self.etcds.iter_mut().find(|other| other.number() == client)
     }
 
     fn of(&mut self, authority: u32) -> Option<&mut Authority> {
@@ -234,6 +285,10 @@ impl Backends {
                 Some(authority) => authority.poll(host, waiting),
                 None => Outcome::Waiting(Waiting::Authority(waiting)),
             },
+            Waiting::Etcd(waiting) => match self.etcd_of(waiting.client()) {
+                Some(etcd) => etcd.poll(waiting),
+                None => Outcome::Waiting(Waiting::Etcd(waiting)),
+            },
         }
     }
 
@@ -250,6 +305,11 @@ impl Backends {
                     authority.cancel(host, waiting);
                 }
             }
+            Waiting::Etcd(waiting) => {
+                if let Some(etcd) = self.etcd_of(waiting.client()) {
+                    etcd.cancel(host, waiting);
+                }
+            }
         }
     }
 
@@ -262,13 +322,19 @@ impl Backends {
             Lease::Authority(lease) => {
                 self.of(lease.authority()).map(|authority| authority.release(host, lease)).unwrap_or_default()
             }
+            Lease::Etcd(lease) => {
+                self.etcd_of(lease.client()).map(|etcd| etcd.release(host, lease)).unwrap_or_default()
+            }
         }
     }
 
     /// The lock of a lease that was lost, as far as the backend knows without asking anybody.
     pub fn lost(&mut self, host: &dyn Host, lease: &Lease) -> Option<(LockName, Loss)> {
-        let Lease::Authority(lease) = lease else { return None };
-        let loss = self.of(lease.authority())?.loss(host, lease)?;
+        let loss = match lease {
+            Lease::Local(_) => None,
+            Lease::Authority(lease) => self.of(lease.authority())?.loss(host, lease),
+            Lease::Etcd(lease) => self.etcd_of(lease.client())?.loss(host, lease),
+        }?;
         lease.grants().first().map(|grant| (grant.name.clone(), loss))
     }
 }

@@ -1,5 +1,6 @@
 //! How a request asks for its locks: the one place of the filter that tells backends apart.
 
+use std::rc::Rc;
 use std::sync::Arc;
 
 use interlock_core::{Cause, OwnerId, Refusal, Request, StoreError, Want};
@@ -9,6 +10,7 @@ use super::{Runtime, fences};
 use crate::answer::Reject;
 use crate::backend::Outcome;
 use crate::backend::authority::Wish;
+use crate::backend::etcd;
 use crate::host::{ContextId, Host};
 use crate::policy::{self, Backend, Reentrancy};
 
@@ -26,6 +28,7 @@ impl Runtime {
         let asked = match &case.active.policy.backend {
             Backend::Local => self.ask_local(host, case, owner.clone(), wants),
             Backend::Authority(at) => self.ask_authority(host, id, case, at, owner.clone(), wants),
+            Backend::Etcd(at) => self.ask_etcd(host, id, case, at, owner.clone(), wants),
         };
         asked.unwrap_or_else(|detail| {
             Outcome::Refused(Box::new(match first {
@@ -74,5 +77,29 @@ impl Runtime {
         let waiting = authority.ask(host, id, wish).map_err(|error| error.to_string())?;
         // It may be refused already, where the host cannot call.
         Ok(authority.poll(host, waiting))
+    }
+
+    fn ask_etcd(
+        &mut self,
+        host: &dyn Host,
+        id: ContextId,
+        case: &Case,
+        at: &Arc<policy::Etcd>,
+        owner: OwnerId,
+        wants: Vec<Want>,
+    ) -> Result<Outcome, String> {
+        let policy = &case.active.policy;
+        let etcd = self.backends.etcd(host, &policy.instance, at, case.purpose()).map_err(|error| error.to_string())?;
+        let wish = etcd::Wish {
+            owner,
+            reentrant: policy.reentrancy != Reentrancy::None,
+            wants,
+            asked_by: case.terms.asked_by.clone(),
+            arrived: case.arrived,
+            rules: Rc::clone(&case.active.rules),
+        };
+        let waiting = etcd.ask(host, id, wish).map_err(|error| error.to_string())?;
+        // As above.
+        Ok(etcd.poll(waiting))
     }
 }

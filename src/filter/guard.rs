@@ -91,6 +91,11 @@ impl Runtime {
                                 Err(reject)
                             }
                         },
+                        // Policies that would ask for it are refused.
+                        Backend::Etcd(_) => {
+                            let detail = String::from("who holds a lock in etcd cannot be asked at a guard");
+                            Err(claim.refused(Cause::Backend { detail }))
+                        }
                     }
                 }
             },

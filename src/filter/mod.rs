@@ -55,7 +55,7 @@ pub struct Active {
     /// The policy.
     pub policy: Policy,
     /// The rules of the core that it means.
-    pub rules: Rules,
+    pub rules: Rc<Rules>,
     /// Its metrics.
     pub telemetry: Telemetry,
     off: bool,
@@ -74,7 +74,7 @@ impl Active {
         };
         // Only a lease that is renewed by message can outlive the process that the table lives in.
         let grace = if policy.api.is_some() { policy.limits.max_ttl } else { Duration::ZERO };
-        let rules = Rules { classes: policy.classes.clone(), limits, grace };
+        let rules = Rc::new(Rules { classes: policy.classes.clone(), limits, grace });
         let telemetry = Telemetry::new(policy.classes.names().map(str::to_owned), &policy.instance);
         let audits = policy.enforcement.audits() || policy.rules.iter().any(|rule| rule.enforcement.audits());
         Active { off: intake::is_off(&policy), audits, policy, rules, telemetry }
@@ -123,6 +123,8 @@ pub struct Runtime {
     housekept: Time,
     /// What this VM has at authorities, among the others.
     shares: Shares,
+    /// The root whose callback runs, or ran last.
+    root: ContextId,
 }
 
 impl Runtime {
@@ -147,6 +149,7 @@ impl Runtime {
             armed: Time::NEVER,
             housekept: Time::ZERO,
             shares,
+            root: ContextId(0),
         };
         runtime.open_backends(host)?;
         Ok(runtime)
@@ -172,6 +175,9 @@ impl Runtime {
         for authority in self.backends.authorities() {
             authority.listen(host)?;
         }
+        for etcd in self.backends.etcds() {
+            etcd.listen(host)?;
+        }
         Ok(())
     }
 
@@ -188,6 +194,12 @@ impl Runtime {
                 self.backends.authority(host, instance, at, Purpose::Enforce)?;
                 if *audits {
                     self.backends.authority(host, instance, at, Purpose::Audit)?;
+                }
+            }
+            Backend::Etcd(at) => {
+                self.backends.etcd(host, instance, at, Purpose::Enforce)?;
+                if *audits {
+                    self.backends.etcd(host, instance, at, Purpose::Audit)?;
                 }
             }
         }

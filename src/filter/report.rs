@@ -215,11 +215,11 @@ pub fn lost(host: &dyn Host, case: &Case, lock: &LockName, mode: Option<Mode>, l
     telemetry::log(host, &record);
 }
 
-/// A lease at an authority was given back, or lost. Of those in its own table the table tells.
+/// A lease at an authority or in etcd was given back, or lost. Of those in its own table the table tells.
 pub fn released(host: &dyn Host, case: &Case, held: &Held) {
-    if let (true, Lease::Authority(lease)) = (case.is_enforced(), &held.lease) {
+    if let (true, Lease::Authority(_) | Lease::Etcd(_)) = (case.is_enforced(), &held.lease) {
         let held_for = host.now().since(held.since);
-        for grant in lease.grants() {
+        for grant in held.lease.grants() {
             case.active.telemetry.held(host, grant.name.class(), held_for);
         }
     }

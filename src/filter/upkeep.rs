@@ -12,8 +12,9 @@ use super::respond::Answer;
 use super::stream::{Case, Ended, Held, State, Stream};
 use super::{Active, Fate, Runtime, report};
 use crate::answer::Reject;
+use crate::backend::etcd::Etcd;
 use crate::backend::{Lease, Purpose, Waiting};
-use crate::host::{CallToken, ContextId, Host, QueueId};
+use crate::host::{CallToken, ContextId, Host, QueueId, StreamToken};
 use crate::policy::{Backend, OnLeaseLost};
 
 /// How long one tick looks after waiters before it lets the worker's requests, and its heartbeat, have their turn. Whoever
@@ -32,6 +33,9 @@ impl Runtime {
         let mut heard = false;
         for authority in self.backends.authorities() {
             heard |= authority.heard(host, queue);
+        }
+        for etcd in self.backends.etcds() {
+            heard |= etcd.heard(host, queue);
         }
         if heard {
             self.attend(host);
@@ -62,11 +66,59 @@ impl Runtime {
         }
     }
 
+    /// The root whose callback runs from here on, as far as that matters.
+    pub fn in_root(&mut self, root: ContextId) {
+        self.root = root;
+    }
+
+    /// Opens one stream of a backend's, if one is needed, from the callback of a root that has just begun; true if it has tried to.
+    /// The host bears no second one in the same callback, whichever instance it is for.
+    pub fn open_stream(&mut self, host: &dyn Host) -> bool {
+        let root = self.root;
+        self.backends.etcds().iter_mut().any(|etcd| etcd.open_stream(host, root))
+    }
+
+    /// The answer to a call over gRPC has come. `of_stream`: as above.
+    pub fn method_answered(&mut self, host: &dyn Host, token: CallToken, status: u32, of_stream: bool) {
+        let Some(etcd) = self.backends.etcds().iter_mut().find(|etcd| etcd.awaits(token)) else { return };
+        etcd.answered(host, token, status);
+        self.wake(host);
+        if of_stream {
+            self.call_root(host);
+        } else {
+            self.attend(host);
+        }
+        if self.next_due() < self.armed {
+            self.arm(host);
+        }
+    }
+
+    /// A message has come on a stream of a backend's.
+    pub fn stream_message(&mut self, host: &dyn Host, stream: StreamToken) {
+        self.of_stream(host, stream, |etcd| etcd.message(host, stream));
+    }
+
+    /// A stream of a backend's has ended.
+    pub fn stream_closed(&mut self, host: &dyn Host, stream: StreamToken, status: u32) {
+        self.of_stream(host, stream, |etcd| etcd.closed(host, stream, status));
+    }
+
+    fn of_stream(&mut self, host: &dyn Host, stream: StreamToken, act: impl FnOnce(&mut Etcd)) {
+        let Some(etcd) = self.backends.etcds().iter_mut().find(|etcd| etcd.has(stream)) else { return };
+        act(etcd);
+        self.attend(host);
+        if self.next_due() < self.armed {
+            self.arm(host);
+        }
+    }
+
     /// Looks after the streams of which authorities have decided something. From a callback of a root, as the host sees it.
     fn wake(&mut self, host: &dyn Host) {
         loop {
             let woken: Vec<ContextId> =
                 self.backends.authorities().iter_mut().flat_map(|authority| authority.woken()).collect();
+            let woken = woken.into_iter().chain(self.backends.etcds().iter_mut().flat_map(|etcd| etcd.woken()));
+            let woken: Vec<ContextId> = woken.collect();
             if woken.is_empty() {
                 break;
             }
@@ -82,6 +134,9 @@ impl Runtime {
         for authority in self.backends.authorities() {
             authority.flush(host);
         }
+        for etcd in self.backends.etcds() {
+            etcd.flush(host);
+        }
         self.wake(host);
     }
 
@@ -91,12 +146,18 @@ impl Runtime {
             // The next tick sends it.
             let _ = authority.call_root(host);
         }
+        for etcd in self.backends.etcds() {
+            let _ = etcd.call_root(host);
+        }
         self.take_notes(host);
     }
 
     fn take_notes(&mut self, host: &dyn Host) {
         for authority in self.backends.authorities() {
             report::called(host, &self.active, &authority.take_notes());
+        }
+        for etcd in self.backends.etcds() {
+            report::called(host, &self.active, &etcd.take_notes());
         }
     }
 
@@ -114,17 +175,18 @@ impl Runtime {
         };
         for Stream { state, .. } in self.streams.values().filter(|stream| stream.case.is_enforced()) {
             match state {
-                State::Waiting(Waiting::Authority(waiting)) => {
+                State::Waiting(Waiting::Local(_)) | State::Holding(Held { lease: Lease::Local(_), .. }) => {}
+                State::Waiting(waiting) => {
                     if let Some((lock, _)) = waiting.waits_for() {
                         count(lock.class(), 0, 1);
                     }
                 }
-                State::Holding(Held { lease: Lease::Authority(lease), .. }) => {
+                State::Holding(Held { lease, .. }) => {
                     for grant in lease.grants() {
                         count(grant.name.class(), 1, 0);
                     }
                 }
-                State::Waiting(_) | State::Holding(_) | State::Over(_) => {}
+                State::Over(_) => {}
             }
         }
         match self.shares.exchange(host, &mine) {
@@ -149,6 +211,9 @@ impl Runtime {
         }
         for authority in self.backends.authorities() {
             authority.tick(host);
+        }
+        for etcd in self.backends.etcds() {
+            etcd.tick(host);
         }
         self.attend(host);
         let now = host.now();
@@ -182,6 +247,11 @@ impl Runtime {
         for authority in self.backends.authorities() {
             // One that is called needs a root that is there.
             if let Err(error) = authority.listen(host) {
+                report::trouble(host, &active, &error);
+            }
+        }
+        for etcd in self.backends.etcds() {
+            if let Err(error) = etcd.listen(host) {
                 report::trouble(host, &active, &error);
             }
         }
@@ -266,7 +336,7 @@ impl Runtime {
     pub(super) fn lapsed(&mut self, host: &dyn Host, id: ContextId) -> Option<(LockName, Loss)> {
         let Stream { case, state: State::Holding(held), .. } = self.streams.get(&id)? else { return None };
         let (purpose, ttl) = (case.purpose(), held.lease.ttl());
-        if let Lease::Authority(_) = held.lease {
+        if let Lease::Authority(_) | Lease::Etcd(_) = held.lease {
             return self.backends.lost(host, &held.lease);
         }
         let in_doubt = self.doubtful.contains_key(&purpose);

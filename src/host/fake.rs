@@ -12,7 +12,7 @@ mod faults;
 mod tests;
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 
 use interlock_core::{Duration, Time};
@@ -89,6 +89,7 @@ impl FakeProxy {
             lines: RefCell::default(),
             log_level: Cell::new(Level::Info),
             root: Cell::new(0),
+            roots: RefCell::new(BTreeSet::from([0])),
             ticks: RefCell::default(),
             node: RefCell::default(),
             callouts: RefCell::default(),
@@ -248,6 +249,8 @@ pub(crate) struct FakeHost {
     log_level: Cell<Level>,
     /// The root of the context whose callback runs.
     root: Cell<u32>,
+    /// Those that have not gone.
+    roots: RefCell<BTreeSet<u32>>,
     /// Each root's timer: its period, and when it is due next.
     ticks: RefCell<BTreeMap<u32, (Duration, Time)>>,
     node: RefCell<BTreeMap<String, Vec<u8>>>,
@@ -314,6 +317,7 @@ impl FakeHost {
     pub(crate) fn run(&self, stream: Option<ContextId>) {
         assert_eq!(self.entered.get(), None, "a callback ended with another context entered");
         self.running.set(stream);
+        self.callouts.borrow_mut().begin();
     }
 
     /// The stream goes on to that phase, and a callback of it runs from here on.
@@ -373,11 +377,13 @@ impl FakeHost {
     /// Callbacks from here on are of that root or of its streams: ticks and queues that are asked for are its own.
     pub(crate) fn set_root(&self, root: u32) {
         self.root.set(root);
+        self.roots.borrow_mut().insert(root);
     }
 
     /// The root is gone, its timer and its calls with it.
     pub(crate) fn drop_root(&self, root: u32) {
         self.ticks.borrow_mut().remove(&root);
+        self.roots.borrow_mut().remove(&root);
         self.cancel_calls(root);
     }
 

@@ -83,6 +83,9 @@ fn guard(name: String, at: &Reader<'_>, policy: &Policy) -> Result<Guard, Policy
     }
     let place = object.require("check")?;
     let check = place.word("a check", &[("fence", Check::Fence), ("owner", Check::Owner)])?;
+    if check == Check::Owner && matches!(policy.backend, super::Backend::Etcd(_)) {
+        return Err(place.error("\"owner\" cannot be checked where the locks are in etcd; write \"fence\""));
+    }
     if check == Check::Fence {
         if policy.keys.is_empty() {
             let problem = "\"fence\" needs signed fences, and there are no keys; add keys, or use \"owner\"";

@@ -27,7 +27,7 @@ use std::time::Duration;
 use interlock_core::{Classes, Mode, Want};
 
 pub use api::Api;
-pub use backend::{Authority, Backend};
+pub use backend::{Access, Authority, Backend, Etcd};
 pub use duration::{LONGEST, parse as parse_duration, spell as spell_duration};
 pub use guard::{Check, Guard};
 pub use keys::{BadSignature, Keys, Signed};

@@ -41,7 +41,7 @@ pub(super) fn policy(configuration: &[u8], env: &dyn Fn(&str) -> Option<String>)
     let instance = object.read("instance", |at| at.identifier().map(str::to_owned))?;
     let enforcement = object.read("enforcement", enforcement_of)?;
     let owner_from = object.read("owner", owner)?;
-    let backend = object.read("backend", backend::backend)?.unwrap_or(Backend::Local);
+    let backend = object.read("backend", |at| backend::backend(&at, env))?.unwrap_or(Backend::Local);
     let on_backend_unavailable =
         object.read("on_backend_unavailable", |at| at.word("an answer to a backend that is away", &ON_UNAVAILABLE))?;
     let limits = limits(object.get("limits"))?;
@@ -53,7 +53,10 @@ pub(super) fn policy(configuration: &[u8], env: &dyn Fn(&str) -> Option<String>)
     backend::check_reentrancy(&object, &backend, reentrancy)?;
     let api = object.read("api", |at| Api::read(&at, env))?;
     if api.is_some() && backend != Backend::Local {
-        let problem = "serves the table in this Envoy, and the locks are at an authority; leave out api, or backend";
+        let problem = match backend {
+            Backend::Etcd(_) => "serves the table in this Envoy, and the locks are in etcd; leave out api, or backend",
+            _ => "serves the table in this Envoy, and the locks are at an authority; leave out api, or backend",
+        };
         return Err(object.error_at("api", problem));
     }
 

@@ -101,6 +101,15 @@ pub(super) struct Callouts {
     streams: Vec<OpenStream>,
     /// The message, or the end of a gRPC call or stream, whose callback runs.
     grpc: Option<GrpcAnswer>,
+    /// Whether a gRPC call or stream was begun in this callback.
+    begun: bool,
+}
+
+impl Callouts {
+    /// A callback begins.
+    pub(super) fn begin(&mut self) {
+        self.begun = false;
+    }
 }
 
 impl FakeHost {
@@ -215,8 +224,18 @@ impl FakeHost {
         token
     }
 
+    pub(super) fn begun_a_call(&self) {
+        self.callouts.borrow_mut().begun = true;
+    }
+
+    /// Where no host is healthy, Envoy turns for ever over the end of one call while it opens a stream in the same callback.
+    pub(super) fn assert_fresh(&self) {
+        assert!(!self.callouts.borrow().begun, "a stream is opened after another call in the same callback");
+    }
+
     pub(super) fn open_stream(&self, method: &Method<'_>) -> StreamToken {
         assert_eq!(self.running.get(), None, "a stream that is opened from the callback of a request dies with it");
+        assert_eq!(self.entered.get(), None, "a stream that is opened within another context is deaf");
         let mut callouts = self.callouts.borrow_mut();
         callouts.tokens += 1;
         let token = StreamToken(callouts.tokens);

@@ -103,7 +103,7 @@ impl Host for FakeHost {
         self.count(|calls| calls.enters += 1);
         self.fault("enter")?;
         assert_eq!(self.entered.get(), None, "contexts do not nest");
-        if !self.streams.borrow().contains_key(&context) {
+        if !self.streams.borrow().contains_key(&context) && !self.roots.borrow().contains(&context.0) {
             return Err(HostError { call: "enter", status: Status::BadArgument });
         }
         self.entered.set(Some(context));
@@ -266,11 +266,14 @@ impl Host for FakeHost {
 
     fn grpc_call(&self, method: &Method<'_>, message: &[u8], timeout: Duration) -> Result<CallToken, HostError> {
         self.count(|calls| calls.callouts += 1);
+        self.begun_a_call();
         self.fault("grpc_call")?;
         Ok(self.send_method(method, message, timeout))
     }
 
     fn grpc_open(&self, method: &Method<'_>) -> Result<StreamToken, HostError> {
+        self.assert_fresh();
+        self.begun_a_call();
         self.fault("grpc_open")?;
         Ok(self.open_stream(method))
     }

@@ -1,11 +1,15 @@
 //! The part of a policy that says where the lock table is.
 
+mod etcd;
+
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::Reentrancy;
 use super::api;
 use super::reader::{Object, PolicyError, Reader, hint, list, quote};
+
+pub use etcd::{Access, Etcd};
 
 /// How long an authority has to answer, its waiting aside, where the policy does not say.
 const TIMEOUT: Duration = Duration::from_millis(250);
@@ -23,6 +27,8 @@ pub enum Backend {
     Local,
     /// At another Envoy, which serves the lease API.
     Authority(Arc<Authority>),
+    /// Keys in etcd.
+    Etcd(Arc<Etcd>),
 }
 
 /// An authority, as a proxy knows it.
@@ -36,7 +42,7 @@ pub struct Authority {
     pub timeout: Duration,
 }
 
-pub(super) fn backend(at: Reader<'_>) -> Result<Backend, PolicyError> {
+pub(super) fn backend(at: &Reader<'_>, env: &dyn Fn(&str) -> Option<String>) -> Result<Backend, PolicyError> {
     let words = ["local", "authority", "etcd", "redis"];
     let entries = at.entries()?;
     for (name, place) in &entries {
@@ -48,7 +54,8 @@ pub(super) fn backend(at: Reader<'_>) -> Result<Backend, PolicyError> {
     match entries.as_slice() {
         [("local", place)] => place.object(&[]).map(|_| Backend::Local),
         [("authority", place)] => authority(place).map(|authority| Backend::Authority(Arc::new(authority))),
-        [(_, place)] => Err(place.error("this build has no such backend yet; use local or authority")),
+        [("etcd", place)] => etcd::etcd(place, env).map(|etcd| Backend::Etcd(Arc::new(etcd))),
+        [(_, place)] => Err(place.error("this build has no such backend yet; use local, authority or etcd")),
         [] => Err(at.error("names no backend; write { local: {} }")),
         [_, _, ..] => Err(at.error("names several backends; keep one of them")),
     }
@@ -83,6 +90,11 @@ pub(super) fn check_reentrancy(
     backend: &Backend,
     reentrancy: Reentrancy,
 ) -> Result<(), PolicyError> {
+    if matches!(backend, Backend::Etcd(_)) && reentrancy == Reentrancy::Lease {
+        return Err(
+            object.error_at("reentrancy", "\"lease\" is for the local backend only; write \"owner\" or \"none\"")
+        );
+    }
     if matches!(backend, Backend::Authority(_)) && reentrancy != Reentrancy::Owner {
         let problem = "is decided by the authority; leave the field out here and write it into the authority's policy \
                        (\"lease\" is for the local backend only)";
