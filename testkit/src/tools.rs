@@ -79,6 +79,16 @@ pub fn envoy() -> Result<PathBuf> {
     .context(by_hand)
 }
 
+/// etcd: `$ETCD`, else the one on PATH, else Debian's `etcd-server` (as root).
+pub fn etcd() -> Result<PathBuf> {
+    of_debian("ETCD", "etcd", "etcd-server")
+}
+
+/// etcdctl: `$ETCDCTL`, else the one on PATH, else Debian's `etcd-client` (as root).
+pub fn etcdctl() -> Result<PathBuf> {
+    of_debian("ETCDCTL", "etcdctl", "etcd-client")
+}
+
 /// wasm-bindgen's test runner, at the version of wasm-bindgen in `Cargo.lock`: on PATH, else installed by Cargo, which
 /// compiles for some minutes.
 pub fn wasm_bindgen_test_runner() -> Result<PathBuf> {

@@ -6,7 +6,7 @@
 //!
 //! No assertion about a single feature lives here.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::{Arc, LazyLock, Weak};
@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use interlock_testkit::client::{Ask, Pending};
 use interlock_testkit::{
-    Answer, Client, Envoy, EnvoyConfig, RawClient, Recorded, Reply, Route, Upstream, tools, wait_for_async,
+    Answer, Client, Envoy, EnvoyConfig, Etcd, RawClient, Recorded, Reply, Route, Upstream, tools, wait_for_async,
 };
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
@@ -57,12 +57,13 @@ pub struct Plan {
     patch: fn(EnvoyConfig) -> EnvoyConfig,
     sentinel: bool,
     authority: Option<Value>,
+    etcd: bool,
 }
 
 impl Plan {
     /// With this policy, less its `instance`, which is the test's.
     pub fn new(policy: Value) -> Self {
-        Plan { policy, patch: |config| config, sentinel: true, authority: None }
+        Plan { policy, patch: |config| config, sentinel: true, authority: None, etcd: false }
     }
 
     /// Changes the listener, before its routes and its policy are made the test's own.
@@ -78,6 +79,11 @@ impl Plan {
     /// Puts its locks into another Envoy, with that policy less its `instance` and its `api`.
     pub fn authority(self, policy: Value) -> Self {
         Plan { authority: Some(policy), ..self }
+    }
+
+    /// Puts its locks into etcd.
+    pub fn etcd(self) -> Self {
+        Plan { etcd: true, ..self }
     }
 
     async fn build(mut self, name: &str) -> (EnvoyConfig, Upstream) {
@@ -142,6 +148,8 @@ struct Running {
     envoy: Envoy,
     /// Where the locks of those listeners are whose locks are elsewhere.
     authority: Option<Envoy>,
+    /// The same, for those whose locks are in etcd, each under a prefix of its own.
+    etcd: Option<(Etcd, BTreeSet<&'static str>)>,
     /// Serves [`RELAY`] for as long as it is here.
     _relay: Upstream,
     upstreams: BTreeMap<&'static str, Upstream>,
@@ -169,11 +177,21 @@ impl Stage {
         let relay = Upstream::with(relay).await.expect("a relay");
         let (mut listeners, mut clusters, mut upstreams) = (Vec::new(), Vec::new(), BTreeMap::new());
         let authority = authority(&plans).await;
+        let in_etcd: BTreeSet<_> = plans.iter().filter(|(_, plan)| plan.etcd).map(|(name, _)| *name).collect();
+        let etcd = if in_etcd.is_empty() { None } else { Some((Etcd::start().await.expect("an etcd"), in_etcd)) };
+        if let Some((etcd, _)) = &etcd {
+            clusters.push(etcd_cluster(&[etcd.address()]));
+        }
         for (name, mut plan) in plans {
             if let Some(authority) = authority.as_ref().filter(|_| plan.authority.is_some()) {
                 plan.policy["backend"] =
                     json!({ "authority": { "cluster": format!("authority-{name}"), "timeout": "5s" } });
                 clusters.push(cluster_of(name, authority.listener(name).expect("its listener")));
+            }
+            if plan.etcd {
+                let at =
+                    json!({ "cluster": "etcd", "prefix": format!("/{name}"), "timeout": "5s", "session_ttl": "60s" });
+                plan.policy["backend"] = json!({ "etcd": at });
             }
             let (config, upstream) = plan.build(name).await;
             let config = config.route(Route::path(RELAY).cluster("relay").timeout("0s"));
@@ -202,7 +220,7 @@ impl Stage {
             bootstrap["static_resources"] = json!({ "listeners": listeners, "clusters": clusters });
         });
         let envoy = Envoy::start(config).await.expect("an Envoy");
-        Running { envoy, authority, _relay: relay, upstreams }
+        Running { envoy, authority, etcd, _relay: relay, upstreams }
     }
 }
 
@@ -248,6 +266,21 @@ fn cluster_of(name: &str, address: SocketAddr) -> Value {
     cluster
 }
 
+/// The cluster by which a sidecar reaches etcd, as it ships, with these members.
+pub fn etcd_cluster(members: &[SocketAddr]) -> Value {
+    let file = tools::root().join("envoy/etcd/sidecar.yaml");
+    let config = EnvoyConfig::from_file(&file).expect("the sidecar's configuration");
+    let clusters = config.bootstrap()["static_resources"]["clusters"].as_array().expect("clusters");
+    let mut cluster = clusters.iter().find(|cluster| cluster["name"] == "etcd").expect("its cluster").clone();
+    let endpoint = |at: &SocketAddr| {
+        let address = json!({ "address": at.ip().to_string(), "port_value": at.port() });
+        json!({ "endpoint": { "address": { "socket_address": address } } })
+    };
+    let endpoints: Vec<_> = members.iter().map(endpoint).collect();
+    cluster["load_assignment"]["endpoints"] = json!([{ "lb_endpoints": endpoints }]);
+    cluster
+}
+
 /// A test's own listener, instance and upstream.
 pub struct Lane {
     stage: Arc<Running>,
@@ -260,9 +293,15 @@ impl Lane {
         &self.stage.envoy
     }
 
-    /// Whether its locks are in another Envoy.
+    /// Whether its locks are elsewhere: in another Envoy, or in etcd.
     pub fn is_far(&self) -> bool {
-        self.stage.authority.as_ref().is_some_and(|authority| authority.listener(self.name).is_some())
+        self.etcd().is_some()
+            || self.stage.authority.as_ref().is_some_and(|authority| authority.listener(self.name).is_some())
+    }
+
+    /// The etcd that its locks are in, if they are.
+    pub fn etcd(&self) -> Option<&Etcd> {
+        self.stage.etcd.as_ref().filter(|(_, lanes)| lanes.contains(self.name)).map(|(etcd, _)| etcd)
     }
 
     /// The upstream behind it.
@@ -368,6 +407,10 @@ impl Lane {
         if let Some(authority) = &self.stage.authority {
             at_rest(authority, &labels[..1]).await;
             assert_eq!(reloads(authority).await, BTreeMap::new(), "VMs of the authority died");
+        }
+        if let Some(etcd) = self.etcd() {
+            etcd.wait_empty(&format!("/{}/q/", self.name)).await;
+            etcd.wait_empty(&format!("/{}/o/", self.name)).await;
         }
         assert_eq!(reloads(self.envoy()).await, BTreeMap::new(), "VMs died");
     }

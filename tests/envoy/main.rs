@@ -14,6 +14,7 @@ mod api;
 mod audit;
 mod authority;
 mod ends;
+mod etcd;
 mod faults;
 mod grants;
 mod guard;

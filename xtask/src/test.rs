@@ -160,7 +160,17 @@ fn envoy(cases: &Reports) -> Result<()> {
     let names = test_targets()?.into_iter().filter(|name| needs_plugin(name));
     cargo.args(names.flat_map(|name| ["--test".to_owned(), name])).env("ENVOY", tools::envoy()?);
     // They mostly wait for an Envoy: more of them at once than there are cores.
-    tools::run(cargo.args(["--", "--test-threads", "8"]))
+    cargo.args(["--", "--test-threads", "8"]);
+    match tools::etcd().and_then(|etcd| Ok((etcd, tools::etcdctl()?))) {
+        Ok((etcd, etcdctl)) => cargo.env("ETCD", etcd).env("ETCDCTL", etcdctl),
+        Err(why) if why.is::<tools::Missing>() => {
+            println!("skipped: what is tested with etcd: {why:#}");
+            cargo.args(["--skip", "etcd"])
+        }
+        // What is named and not there is a mistake.
+        Err(why) => return Err(why),
+    };
+    tools::run(&mut cargo)
 }
 
 /// Another command of this program, in a process of its own as a person's would be.

@@ -1,0 +1,126 @@
+//! etcd and sidecars whose locks are in it, each a real process with the configuration that ships.
+
+use std::net::SocketAddr;
+
+use interlock_testkit::client::Ask;
+use interlock_testkit::{Client, DEADLINE, Envoy, EnvoyConfig, Etcd, Upstream, tools, wait_for_async};
+use serde_json::{Value, json};
+
+use crate::common::{etcd_cluster, reloads};
+
+/// A sidecar and the service behind it.
+pub struct Sidecar {
+    pub envoy: Envoy,
+    pub upstream: Upstream,
+}
+
+impl Sidecar {
+    pub fn url(&self, path: &str) -> String {
+        format!("{}{path}", self.envoy.base_url())
+    }
+
+    /// A request for `lock` by the owner of that number, over a connection of its own.
+    pub fn ask(&self, owner: u128, path: &str, lock: &str) -> Ask {
+        Client::http1_fresh().get(self.url(path)).trace(owner).header("lock", lock)
+    }
+
+    pub async fn count(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
+        self.envoy.metric(name, labels).await.unwrap()
+    }
+
+    /// Waits until so many requests of it wait, or hold locks.
+    pub async fn until(&self, gauge: &str, count: u32) {
+        self.envoy.wait_metric(gauge, &[], |n| n == f64::from(count), DEADLINE).await;
+    }
+}
+
+/// All of it.
+pub struct Stand {
+    pub etcd: Etcd,
+    pub sidecars: Vec<Sidecar>,
+}
+
+/// The policy of a sidecar: nothing ends by itself.
+pub fn policy() -> Value {
+    json!({
+        "instance": "orders",
+        "backend": { "etcd": { "cluster": "etcd", "session_ttl": "4s" } },
+        "defaults": { "wait": "20s", "hold": "120s" },
+        "classes": [
+            { "name": "order", "within": "unordered" },
+            { "name": "ranked", "rank": 1 },
+            { "name": "seats", "permits": 2 },
+            { "name": "stock", "hierarchy": true },
+        ],
+    })
+}
+
+/// A sidecar's configuration as it ships, with these members of etcd.
+pub fn config(policy: Value, members: &[SocketAddr]) -> EnvoyConfig {
+    let file = tools::root().join("envoy/etcd/sidecar.yaml");
+    let config = EnvoyConfig::from_file(&file).unwrap().policy(policy);
+    // Requests are held at the upstream for as long as a test needs it.
+    config.patch_routes(|routes| routes[0]["route"]["timeout"] = json!("0s")).patch(|bootstrap| {
+        let clusters = bootstrap["static_resources"]["clusters"].as_array_mut().unwrap();
+        let etcd = clusters.iter_mut().find(|cluster| cluster["name"] == "etcd").unwrap();
+        *etcd = etcd_cluster(members);
+    })
+}
+
+impl Stand {
+    /// One member, and a sidecar for each of these policies.
+    pub async fn start(policies: &[Value]) -> Self {
+        Self::on(Etcd::start().await.unwrap(), policies).await
+    }
+
+    /// Sidecars at that etcd.
+    pub async fn on(etcd: Etcd, policies: &[Value]) -> Self {
+        let members: Vec<_> = etcd.members().iter().map(|member| member.address()).collect();
+        let mut stand = Stand { etcd, sidecars: Vec::new() };
+        for policy in policies {
+            stand.sidecars.push(Self::sidecar(policy.clone(), &members).await);
+        }
+        stand
+    }
+
+    pub async fn sidecar(policy: Value, members: &[SocketAddr]) -> Sidecar {
+        let upstream = Upstream::start().await.unwrap();
+        let config = config(policy, members).cluster("app", upstream.address());
+        let envoy = Envoy::start(config).await.unwrap();
+        envoy.wait_stat("cluster.etcd.membership_healthy", |healthy| healthy > 0, DEADLINE).await;
+        Sidecar { envoy, upstream }
+    }
+
+    /// Two sidecars.
+    pub async fn pair() -> Self {
+        Self::start(&[policy(), policy()]).await
+    }
+
+    /// Waits until so many stand in the line of that lock.
+    pub async fn until_standing(&self, lock: &str, count: usize) {
+        let prefix = format!("/interlock/q/{lock}!");
+        wait_for_async(&format!("{count} in the line of {lock}"), DEADLINE, async || {
+            self.etcd.keys(&prefix).is_ok_and(|keys| keys.len() == count)
+        })
+        .await;
+    }
+
+    /// What every test ends with: no key is left in etcd and nothing in a gauge, nothing overlapped, and no VM has died.
+    pub async fn assert_clean(&self) {
+        for sidecar in &self.sidecars {
+            sidecar.upstream.wait_idle().await;
+            sidecar.upstream.checker().assert_clean();
+        }
+        wait_for_async("no place and no item in etcd", DEADLINE, async || {
+            let none = |prefix: &str| self.etcd.keys(prefix).is_ok_and(|keys| keys.is_empty());
+            none("/interlock/q/") && none("/interlock/o/") && none("/interlock/audit/q/")
+        })
+        .await;
+        for sidecar in &self.sidecars {
+            for gauge in ["interlock_held", "interlock_waiting"] {
+                sidecar.until(gauge, 0).await;
+            }
+            assert!(reloads(&sidecar.envoy).await.is_empty(), "a VM died");
+        }
+    }
+}
