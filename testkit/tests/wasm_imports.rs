@@ -83,6 +83,14 @@ fn the_plugin_exports_what_envoy_calls() {
 }
 
 #[test]
+fn the_plugin_exports_no_callback_that_would_cost_every_request_for_nothing() {
+    let module = read(&shipped());
+    for name in ["proxy_on_response_body", "proxy_on_response_trailers", "proxy_on_downstream_data"] {
+        assert!(!module.exports.contains(name), "{name} is exported");
+    }
+}
+
+#[test]
 fn the_plugin_is_small() {
     let size = shipped().len();
     assert!(size < LARGEST, "{size} bytes are not under {LARGEST}");

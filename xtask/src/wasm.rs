@@ -7,6 +7,8 @@ use std::process::Command;
 use anyhow::{Context, Result};
 use clap::Args;
 use interlock_testkit::tools;
+use wasm_encoder::reencode::{self, Reencode};
+use wasm_encoder::{ExportSection, Module};
 
 /// The plugin's target: the one with randomness that Envoy serves.
 pub const TARGET: &str = "wasm32-wasip1";
@@ -24,6 +26,37 @@ const FEATURES: [&str; 6] = [
     "--enable-multivalue",
     "--enable-reference-types",
 ];
+
+/// Callbacks that the SDK exports for every plugin and this one has no use for. The host calls whatever is exported: the body
+/// and the trailers of each response would cost a request two ways into the VM and back, for nothing.
+const UNUSED: [&str; 8] = [
+    "proxy_on_response_body",
+    "proxy_on_response_trailers",
+    "proxy_on_new_connection",
+    "proxy_on_downstream_data",
+    "proxy_on_downstream_connection_close",
+    "proxy_on_upstream_data",
+    "proxy_on_upstream_connection_close",
+    "proxy_on_foreign_function",
+];
+
+/// A module without the exports of [`UNUSED`].
+struct Trimmed;
+
+impl Reencode for Trimmed {
+    type Error = std::convert::Infallible;
+
+    fn parse_export(
+        &mut self,
+        exports: &mut ExportSection,
+        export: wasmparser::Export<'_>,
+    ) -> Result<(), reencode::Error<Self::Error>> {
+        if UNUSED.contains(&export.name) {
+            return Ok(());
+        }
+        reencode::utils::parse_export(self, exports, export)
+    }
+}
 
 #[derive(Debug, Default, Args)]
 pub struct WasmArgs {
@@ -117,14 +150,17 @@ impl Build {
         fs::create_dir_all(&dist)?;
         // Renamed into place, so that an Envoy that starts meanwhile reads the old plugin or the new one.
         let next = dist.join(format!("{}.{}", self.file, std::process::id()));
+        let bytes = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
+        let mut trimmed = Module::new();
+        let parser = wasmparser::Parser::new(0);
+        Trimmed.parse_core_module(&mut trimmed, parser, &bytes).context("cannot read what rustc made")?;
+        fs::write(&next, trimmed.finish()).with_context(|| format!("cannot write {}", next.display()))?;
+        // What is not optimized stays as it is: the optimizer writes nothing where it fails.
         let optimized = optimizer.is_some_and(|optimizer| {
             let mut command = Command::new(optimizer);
-            command.arg("-O3").args(FEATURES).arg(&built).arg("-o").arg(&next);
+            command.arg("-O3").args(FEATURES).arg(&next).arg("-o").arg(&next);
             tools::run(&mut command).inspect_err(|e| eprintln!("keeping the plugin as rustc made it: {e:#}")).is_ok()
         });
-        if !optimized {
-            fs::copy(&built, &next).with_context(|| format!("cannot copy {}", built.display()))?;
-        }
         let out = dist.join(self.file);
         fs::rename(&next, &out).with_context(|| format!("cannot write {}", out.display()))?;
         let kib = |path: &Path| fs::metadata(path).map(|meta| meta.len().div_ceil(1024));
