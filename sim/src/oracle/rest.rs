@@ -76,16 +76,16 @@ impl State {
     ///
     /// - Its request is over, and it could not be taken out because the store failed; it may even have been granted the lock since.
     ///   Its worker takes it out with its next housekeeping that nothing fails in; if that one died, its time takes it out.
-    /// - It waits, and its worker died after it stood there and before it was published, marked and searched for. It goes
-    ///   when the session counts as dead.
+    /// - Its worker died after it stood there and before it was published, marked and searched for; it may have been granted the
+    ///   lock since. It goes when the session counts as dead, or its time takes it out.
     ///
     /// Any other entry is in the way, even if its request is over or its worker dead.
     fn is_owed(&self, entry: &Entry) -> bool {
         self.leases.get(&entry.lease).is_some_and(|known| {
             let vm = &self.vms[known.vm];
             let died = !vm.alive || vm.life != known.life;
-            let cut =
-                known.cut.is_some_and(|began| matches!(entry.state, Stand::Waiting { since, .. } if since >= began));
+            let (Stand::Waiting { since, .. } | Stand::Held { since, .. }) = entry.state;
+            let cut = known.cut.is_some_and(|began| since >= began);
             cut || known.phase == Phase::Gone && (vm.indebted || died)
         })
     }
