@@ -25,6 +25,10 @@ thread_local! {
 
 static HOST: Envoy = Envoy;
 
+/// A request makes many small allocations; this allocator is made for a single thread and for this target.
+#[global_allocator]
+static HEAP: talc::wasm::WasmDynamicTalc = talc::wasm::new_wasm_dynamic_allocator();
+
 proxy_wasm::main! {{
     proxy_wasm::set_log_level(LogLevel::Trace);
     proxy_wasm::set_root_context(|id| Box::new(Root { id: ContextId(id), running: None }));

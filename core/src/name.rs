@@ -68,6 +68,9 @@ impl LockName {
         if bytes.len() > MAX_NAME {
             return Err(NameError::TooLong(bytes.len()));
         }
+        if let Some(name) = canonical(bytes) {
+            return Ok(LockName(name.into()));
+        }
         let mut name = String::with_capacity(bytes.len());
         let mut rest = bytes.iter().copied().enumerate();
         let mut segment_is_empty = true;
@@ -115,6 +118,19 @@ impl LockName {
     pub fn ancestors(&self) -> impl Iterator<Item = LockName> + '_ {
         self.0.match_indices('/').filter_map(|(at, _)| self.0.get(..at)).map(|prefix| LockName(prefix.into()))
     }
+}
+
+/// The bytes as they are, if they are a name in its canonical spelling without any percent sign: most are, and all that were
+/// stored.
+fn canonical(bytes: &[u8]) -> Option<&str> {
+    let mut before = b'/';
+    for byte in bytes {
+        if !(is_plain(*byte) || (*byte == b'/' && before != b'/')) {
+            return None;
+        }
+        before = *byte;
+    }
+    if before == b'/' { None } else { core::str::from_utf8(bytes).ok() }
 }
 
 /// Appends one byte as a segment spells it: itself where that is allowed, else `%HH`.

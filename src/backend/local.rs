@@ -70,13 +70,14 @@ impl Space {
     }
 
     fn key(&self, kind: Kind, index: u32) -> String {
-        match kind {
-            Kind::Locks => format!("{}/l/{index}", self.prefix),
-            Kind::Owners => format!("{}/o/{index}", self.prefix),
-            Kind::Leases => format!("{}/a/{index}", self.prefix),
-            Kind::Sessions => format!("{}/s", self.prefix),
-            Kind::Seen => format!("{}/f/{index}", self.prefix),
-        }
+        let of_kind = match kind {
+            Kind::Locks => "/l/",
+            Kind::Owners => "/o/",
+            Kind::Leases => "/a/",
+            Kind::Sessions => return [self.prefix.as_str(), "/s"].concat(),
+            Kind::Seen => "/f/",
+        };
+        [self.prefix.as_str(), of_kind, itoa::Buffer::new().format(index)].concat()
     }
 }
 
@@ -123,7 +124,10 @@ fn failed(error: HostError) -> StoreError {
 /// [`StoreError::Failed`] where it cannot be written, which no record is known for.
 #[doc(hidden)]
 pub fn encode<R: Record>(record: &R) -> Result<Vec<u8>, StoreError> {
-    postcard::to_extend(record, vec![FORMAT]).map_err(|error| StoreError::Failed(error.to_string()))
+    // Room for what most records are, so that they do not grow byte by byte.
+    let mut bytes = Vec::with_capacity(256);
+    bytes.push(FORMAT);
+    postcard::to_extend(record, bytes).map_err(|error| StoreError::Failed(error.to_string()))
 }
 
 /// A record from the bytes that are stored. Public for those who test the format.
