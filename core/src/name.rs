@@ -54,7 +54,7 @@ impl LockName {
     /// # Errors
     /// The first rule that the text breaks.
     pub fn parse(text: &str) -> Result<Self, NameError> {
-        Self::from_bytes(text.as_bytes())
+        if is_canonical(text.as_bytes()) { Ok(LockName(text.into())) } else { Self::from_bytes(text.as_bytes()) }
     }
 
     /// As [`LockName::parse`], for bytes that need not be UTF-8.
@@ -67,9 +67,6 @@ impl LockName {
         }
         if bytes.len() > MAX_NAME {
             return Err(NameError::TooLong(bytes.len()));
-        }
-        if let Some(name) = canonical(bytes) {
-            return Ok(LockName(name.into()));
         }
         let mut name = String::with_capacity(bytes.len());
         let mut rest = bytes.iter().copied().enumerate();
@@ -120,17 +117,16 @@ impl LockName {
     }
 }
 
-/// The bytes as they are, if they are a name in its canonical spelling without any percent sign: most are, and all that were
-/// stored.
-fn canonical(bytes: &[u8]) -> Option<&str> {
+/// Whether this is a name in its canonical spelling without any percent sign: most are.
+fn is_canonical(bytes: &[u8]) -> bool {
     let mut before = b'/';
     for byte in bytes {
         if !(is_plain(*byte) || (*byte == b'/' && before != b'/')) {
-            return None;
+            return false;
         }
         before = *byte;
     }
-    if before == b'/' { None } else { core::str::from_utf8(bytes).ok() }
+    before != b'/' && bytes.len() <= MAX_NAME
 }
 
 /// Appends one byte as a segment spells it: itself where that is allowed, else `%HH`.
