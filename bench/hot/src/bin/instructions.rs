@@ -1,7 +1,7 @@
 //! Does one part of the hot path, named by its place in the list, once in [`counted_by_callgrind`]; without one, prints how all are called. For
 //! `cargo xtask instructions`.
 //!
-//! A process for each, so that none is counted in a heap that another has left behind; and with the allocator that the plugin has as wasm,
+//! A process for each, so that none is counted in a heap that another has left behind; and with an allocator that behaves the same everywhere,
 //! since what the system's does differs from one system to another.
 
 use std::hint::black_box;
