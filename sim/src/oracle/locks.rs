@@ -89,17 +89,22 @@ impl State {
         let permits = self.lock_facts(name, bucket).permits;
         // One that looks dead to itself leaves, comes back like one that is new and may be granted at once, in one write.
         let op = self.vms[vm].op.as_ref().filter(|op| op.kind == Kind::Poll);
+        let may_be_back = |entry: &Entry| {
+            let anew = new.iter().any(|again| again.lease == entry.lease && came(again) != came(entry));
+            anew && op.is_some_and(|op| op.lease == entry.lease) && end(entry, &self.sessions.record) <= self.now
+        };
         let back = |entry: &Entry| {
             let place = |entries: &[Entry], lease| entries.iter().position(|entry| entry.lease == lease);
             let before = |entries, other| Some(place(entries, other)? < place(entries, entry.lease)?);
             let passed = |other: &Entry| {
                 before(old, other.lease).zip(before(new, other.lease)).is_some_and(|(then, now)| then != now)
             };
-            let anew = new.iter().any(|again| again.lease == entry.lease && came(again) != came(entry));
             let moved = new.last().is_some_and(|last| last.lease == entry.lease) || new.iter().any(passed);
-            let past = || end(entry, &self.sessions.record) <= self.now;
-            anew && moved && op.is_some_and(|op| op.lease == entry.lease) && past()
+            moved && may_be_back(entry)
         };
+        // An upgrade that comes back stands where it stood if only plain waiters were before it: then it cannot be told from one
+        // that is granted where it stands.
+        let perhaps_back: Vec<LeaseId> = old.iter().filter(|entry| may_be_back(entry)).map(|entry| entry.lease).collect();
         let still = |entry: &&Entry| stays(entry, new) && !back(entry);
         let (old, gone): (Vec<&Entry>, Vec<&Entry>) = old.iter().partition(still);
         let all_stay = gone.is_empty();
@@ -121,7 +126,8 @@ impl State {
                 self.new_grant(vm, name, permits, new, at);
                 let op = self.vms[vm].op.as_ref();
                 let own = op.is_some_and(|op| op.lease == entry.lease);
-                over_waiters |= own && before.is_none() && owned(entry, old.iter().copied()).is_some();
+                let anew = before.is_none() || perhaps_back.contains(&entry.lease);
+                over_waiters |= own && anew && owned(entry, old.iter().copied()).is_some();
                 if !own && entry.session != interlock_core::SessionId::NONE {
                     self.vms[vm].owes.push((entry.lease, entry.session));
                 }
