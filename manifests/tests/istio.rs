@@ -19,7 +19,7 @@ fn parse(policy: &Value) -> Result<Policy, String> {
 }
 
 /// The files with a sidecar's policy.
-const SIDECARS: [&str; 3] = ["audit.yaml", "enforce.yaml", "filter.yaml"];
+const SIDECARS: [&str; 4] = ["audit.yaml", "enforce.yaml", "filter.yaml", "guard.yaml"];
 
 /// The document of that kind and name in that file.
 fn find(file: &str, kind: &str, name: &str) -> Value {
@@ -147,7 +147,8 @@ fn the_plugin_takes_every_policy() {
     assert_eq!(seen["gateway.yaml"], Enforcement::Off);
     assert_eq!(seen["authority.yaml"], Enforcement::Enforce);
     assert_eq!(seen["filter.yaml"], Enforcement::Enforce);
-    assert_eq!(seen.len(), 5);
+    assert_eq!(seen["guard.yaml"], Enforcement::Audit);
+    assert_eq!(seen.len(), 6);
 }
 
 /// Kubernetes reads YAML 1.1, where `off` is false.
@@ -257,25 +258,49 @@ fn the_namespace_takes_out_what_the_mesh_put_in() {
     let audit = find("audit.yaml", "WasmPlugin", "interlock-audit");
     let of = |field: &str| audit["metadata"][field].as_str().unwrap();
     let resource = format!("{}.{}", of("namespace"), of("name"));
-    let patches = find("enforce.yaml", "EnvoyFilter", "without-interlock-audit")["spec"]["configPatches"].clone();
-    let removed: Vec<Value> = patches
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|patch| {
-            assert_eq!(patch["patch"], json!({ "operation": "REMOVE" }));
-            patch["match"]["listener"]["filterChain"]["filter"]["subFilter"]["name"].clone()
-        })
-        .collect();
-    // pilot/pkg/model/extensions.go: WasmPluginResourceNamePrefix up to 1.29; since then TrafficExtensionResourceNamePrefix,
-    // with the marker of pilot/pkg/config/kube/extensions/translate.go behind the name.
-    assert_eq!(
-        removed,
-        [
-            json!(format!("extensions.istio.io/wasmplugin/{resource}")),
-            json!(format!("extensions.istio.io/trafficextension/{resource}~istio-translated-wasmplugin")),
-        ]
-    );
+    for file in ["enforce.yaml", "guard.yaml"] {
+        let filter = find(file, "EnvoyFilter", "without-interlock-audit");
+        let plugin = all().into_iter().find(|other| other.file == file && other.value["kind"] == "WasmPlugin");
+        let plugin = plugin.unwrap().value;
+        assert_eq!(filter["metadata"]["namespace"], plugin["metadata"]["namespace"], "{file}");
+        let workloads = ["/spec/workloadSelector/labels", "/spec/selector/matchLabels"];
+        assert_eq!(filter.pointer(workloads[0]), plugin.pointer(workloads[1]), "{file}");
+        let patches = filter["spec"]["configPatches"].as_array().unwrap();
+        let removed: Vec<Value> = patches
+            .iter()
+            .map(|patch| {
+                assert_eq!(patch["patch"], json!({ "operation": "REMOVE" }));
+                patch["match"]["listener"]["filterChain"]["filter"]["subFilter"]["name"].clone()
+            })
+            .collect();
+        // pilot/pkg/model/extensions.go: WasmPluginResourceNamePrefix up to 1.29; since then TrafficExtensionResourceNamePrefix,
+        // with the marker of pilot/pkg/config/kube/extensions/translate.go behind the name.
+        assert_eq!(
+            removed,
+            [
+                json!(format!("extensions.istio.io/wasmplugin/{resource}")),
+                json!(format!("extensions.istio.io/trafficextension/{resource}~istio-translated-wasmplugin")),
+            ],
+            "{file}"
+        );
+    }
+}
+
+/// What a guard needs beside its policy: the key where the policy looks for it, and who signs by the same name.
+#[test]
+fn the_guard_has_its_key() {
+    let plugin = find("guard.yaml", "WasmPlugin", "interlock-guard");
+    let policy = &plugin["spec"]["pluginConfig"];
+    let keys: Vec<&Value> = policy["keys"].as_array().unwrap().iter().map(|key| &key["secret"]["env"]).collect();
+    let given: Vec<&Value> =
+        plugin["spec"]["vmConfig"]["env"].as_array().unwrap().iter().map(|env| &env["name"]).collect();
+    assert_eq!(keys, given);
+    let checks: BTreeSet<String> =
+        policy["guard"].as_array().unwrap().iter().map(|guard| guard["check"].to_string()).collect();
+    assert_eq!(checks.len(), 2, "both checks are shown");
+    // Without the variable it is refused, and with the push the old policy stays.
+    let error = Policy::parse(policy.to_string().as_bytes(), &|_: &str| None).map(|_| ()).unwrap_err().to_string();
+    assert!(error.contains("INTERLOCK_KEY"), "{error}");
 }
 
 /// The bootstraps that ship differ where they must, and nowhere else.
