@@ -250,6 +250,25 @@ bugs! {
     /// A heartbeat comes too late for a short TTL.
     ShortTtlIgnored,
 
+    // The authority backend.
+
+    /// A grant is believed that names another owner than the one it was asked for.
+    GrantOfAnotherBelieved,
+    /// A grant in a weaker mode than was asked for is believed.
+    WeakerModeBelieved,
+    /// An exclusive grant is believed though its fence is below one that was seen before.
+    FallenFenceBelieved,
+    /// A refusal is believed whatever status it comes with.
+    AnotherStatusBelieved,
+    /// A stream that goes gives nothing back at the authority.
+    LeaverKeepsLease,
+    /// A request whose answer did not come is refused at once, though it may have been granted.
+    SilenceIsRefusal,
+    /// Audit asks the authority for locks of the real table.
+    AuditAsksInEarnest,
+    /// What a stream leaves to send waits for the next tick of its root.
+    RootNotCalled,
+
     // The filter.
 
     /// A request is forwarded while it waits.

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::rc::Rc;
 
 use interlock_core::lease::{CallId, PutAnswer};
-use interlock_core::{Cause, Duration, LeaseId, Loss, Refusal, Time};
+use interlock_core::{Cause, Duration, LeaseId, Loss, Refusal, Time, bug};
 
 use super::wire::{self, Reply};
 use super::{Authority, Renewal, WARM, What, refusal, unavailable};
@@ -97,7 +97,7 @@ impl Authority {
             other => {
                 let reason = failure(other);
                 // What cannot be told from an answer that was lost is asked again; what will be answered so again is not.
-                let hopeless = matches!(other, Reply::Whole { .. });
+                let hopeless = matches!(other, Reply::Whole { .. }) || bug!(SilenceIsRefusal);
                 self.notes.failures.push(reason);
                 return self.put_failed(now, stream, call, hopeless, None, false, spell_failure(other));
             }
