@@ -104,7 +104,8 @@ impl State {
         };
         // An upgrade that comes back stands where it stood if only plain waiters were before it: then it cannot be told from one
         // that is granted where it stands.
-        let perhaps_back: Vec<LeaseId> = old.iter().filter(|entry| may_be_back(entry)).map(|entry| entry.lease).collect();
+        let perhaps_back: Vec<LeaseId> =
+            old.iter().filter(|entry| may_be_back(entry)).map(|entry| entry.lease).collect();
         let still = |entry: &&Entry| stays(entry, new) && !back(entry);
         let (old, gone): (Vec<&Entry>, Vec<&Entry>) = old.iter().partition(still);
         let all_stay = gone.is_empty();
