@@ -5,8 +5,8 @@
 //!
 //! # A request's way
 //! One transaction takes its locks where nobody is in their lines; else it stands in the line of the first and has read it
-//! ([`claim`]). It watches that line ([`line`]), and when its turn has come it writes so into its key, under the condition that
-//! what it concluded from is still so. All keys hang on the VM's one etcd lease ([`session`]). What is given back is deleted
+//! (`claim`). It watches that line ([`line`]), and when its turn has come it writes so into its key, under the condition that
+//! what it concluded from is still so. All keys hang on the VM's one etcd lease (`session`). What is given back is deleted
 //! and not waited for, but again and again until etcd has said that it is gone.
 //!
 //! # Who is told of an answer
