@@ -3,7 +3,7 @@
 use crate::MICRO;
 use crate::common::{S, World, X, ask, lock, ms, rules};
 use interlock_core::session::{BEAT, DEAD_AFTER};
-use interlock_core::{Cause, Duration, Loss};
+use interlock_core::{Cause, Census, Duration, Loss, Store, Tally};
 #[cfg(target_arch = "wasm32")]
 use wasm_bindgen_test::wasm_bindgen_test as test;
 
@@ -187,4 +187,24 @@ fn a_heartbeat_has_to_keep_the_shortest_ttl_that_is_left() {
     w.release(long);
     assert_eq!(shortest(&w), Duration::MAX);
     w.finish();
+}
+
+#[test]
+fn a_sweep_counts_what_is_held_and_waited_for_in_all_buckets() {
+    let mut w = World::new(2);
+    for (owner, lock) in [("a", "l/1"), ("b", "l/2"), ("c", "l/3"), ("d", "k/1")] {
+        w.ask(0, &ask(owner).lock(lock, S)).granted();
+    }
+    w.ask(1, &ask("e").lock("l/1", S)).granted();
+    w.ask(1, &ask("f").lock("l/1", X)).waits();
+    w.ask(1, &ask("g").lock("l/2", X)).waits();
+    let census = w.on(0, |table, scene| {
+        let mut census = Census::default();
+        (0..scene.store.buckets()).for_each(|bucket| table.sweep(scene, bucket, &mut census).unwrap());
+        census
+    });
+    let tally = |held, waiting| Tally { held, waiting };
+    // Without ranks and limits only those who wait are listed.
+    assert_eq!((census.locks, census.owners, census.detached), (4, 2, 0));
+    assert_eq!(census.classes, [("k".to_owned(), tally(1, 0)), ("l".to_owned(), tally(4, 2))].into());
 }
