@@ -107,9 +107,15 @@ pub fn all(world: &World) {
             let blockers = holders.iter().copied().chain(before);
             if permits == 1 {
                 let blockers: Vec<&Entry> = blockers.filter(|other| conflict(waiter, other)).collect();
+                // What the store would not let go is taken out with the next housekeeping: it stands in the way until then, and is
+                // no part of a cycle.
+                let counts = |other: &&&Entry| !is_over(world, other);
                 // Nobody is behind one whose worker crashed, or that the store would not let go.
                 if world.workers.iter().any(|worker| worker.pending.contains_key(&waiter.lease)) {
-                    edges.entry(waiter.owner.clone()).or_default().extend(blockers.iter().map(|it| it.owner.clone()));
+                    edges
+                        .entry(waiter.owner.clone())
+                        .or_default()
+                        .extend(blockers.iter().filter(counts).map(|it| it.owner.clone()));
                 }
                 progress(world, &sessions, queue, waiter, !blockers.is_empty());
             } else {
@@ -134,6 +140,12 @@ pub fn all(world: &World) {
     assert_eq!(ledger.held, i64::try_from(held).unwrap(), "the gauge of held locks");
     drop(ledger);
     workers(world, &sessions, &queues);
+}
+
+/// Whether the entry is of a request that is over, or of a worker that crashed with it.
+fn is_over(world: &World, entry: &Entry) -> bool {
+    let has = |worker: &Worker| worker.pending.contains_key(&entry.lease) || worker.leases.contains_key(&entry.lease);
+    !world.workers.iter().any(has)
 }
 
 /// No two conflicting valid holders, no more than the permits allow.
