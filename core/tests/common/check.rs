@@ -18,6 +18,8 @@ pub struct Ledger {
     /// Grants to those who had waited.
     pub hand_overs: u64,
     pub deadlocks: u64,
+    /// Requests that were cancelled: where the store failed, what they left is taken out later.
+    pub cancelled: BTreeSet<LeaseId>,
     pub expired: Vec<(String, String)>,
     /// Per lock: its fences, with their owner and whether the critical section is over.
     fences: BTreeMap<String, BTreeMap<u64, (OwnerId, bool)>>,
@@ -142,10 +144,9 @@ pub fn all(world: &World) {
     workers(world, &sessions, &queues);
 }
 
-/// Whether the entry is of a request that is over, or of a worker that crashed with it.
+/// Whether the entry is of a request that was cancelled.
 fn is_over(world: &World, entry: &Entry) -> bool {
-    let has = |worker: &Worker| worker.pending.contains_key(&entry.lease) || worker.leases.contains_key(&entry.lease);
-    !world.workers.iter().any(has)
+    world.ledger.borrow().cancelled.contains(&entry.lease)
 }
 
 /// No two conflicting valid holders, no more than the permits allow.

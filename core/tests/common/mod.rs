@@ -345,6 +345,7 @@ impl World {
         self.begin();
         let at = self.worker_of(lease).expect("nobody knows the lease");
         let pending = self.workers[at].pending.remove(&lease).expect("does not wait");
+        self.ledger.borrow_mut().cancelled.insert(lease);
         self.on(at, |table, scene| table.cancel(scene, pending));
         self.end();
     }
