@@ -81,8 +81,6 @@ bugs! {
     LongChainPasses,
     /// An upgrade that is granted ahead of waiters is not searched for the cycles that it closes behind it.
     UpgradeEdgesNotSearched,
-    /// An upgrade that waits before others is searched for cycles like a wait at the end.
-    UpgradeSearchedAsPlain,
     /// Who begins a second wait does not mark the first one, so that a search that comes to that knows of no other.
     FirstWaitUnmarked,
     /// Who begins a second wait does not mark it.

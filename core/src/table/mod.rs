@@ -246,7 +246,7 @@ impl Table {
                     if anew || claim.searched <= self.sessions.doubted() {
                         claim.searched = scene.now;
                         // An upgrade stands before plain waiters, who may be waited for by another request of its owner.
-                        let everywhere = before_waiters && !bug!(UpgradeSearchedAsPlain);
+                        let everywhere = before_waiters;
                         // And who passed by another wait of its owner may have to be found from there.
                         let from_all = everywhere || (several && !bug!(MarkerSearchesItself));
                         let by = if from_all { None } else { Some(claim.request.lease) };
