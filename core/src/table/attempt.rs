@@ -12,7 +12,7 @@ use crate::time::{Duration, Time};
 /// What became of one attempt at one lock.
 pub(super) enum Taken {
     Granted { fence: Fence, until: Time, anew: bool, over_waiters: bool },
-    Queued { poll_at: Time, anew: bool, before_waiters: bool },
+    Queued { poll_at: Time, anew: bool },
     Busy { holders: Vec<Holder>, retry_after: Duration },
     Full(Limit, u64),
 }
@@ -91,7 +91,7 @@ impl Table {
             Some(State::Held { fence, until, .. }) => {
                 Taken::Granted { fence: *fence, until: *until, anew: !stood, over_waiters }
             }
-            Some(State::Waiting { .. }) if stance == Stance::Wait => self.stand(scene, queue, lease, stood),
+            Some(State::Waiting { .. }) if stance == Stance::Wait => self.stand(scene, queue, stood),
             Some(State::Waiting { .. }) | None => self.busy(scene, queue, lease),
         };
         let stays = matches!(taken, Taken::Granted { .. } | Taken::Queued { .. });
@@ -114,7 +114,7 @@ impl Table {
     }
 
     /// A waiter that it is not the turn of: it stands in the queue, if that is not full.
-    fn stand<S: Store>(&self, scene: &Scene<'_, S>, queue: &Queue, lease: LeaseId, stood: bool) -> Taken {
+    fn stand<S: Store>(&self, scene: &Scene<'_, S>, queue: &Queue, stood: bool) -> Taken {
         let limits = &scene.rules.limits;
         let full = |limit, value: u32| Taken::Full(limit, u64::from(value));
         if !stood {
@@ -130,8 +130,7 @@ impl Table {
         // Its own end too: a worker that was away for too long has to look whether it still stands there.
         let first_end = queue.entries().iter().map(|entry| entry.ends(&self.sessions)).min();
         let first_end = first_end.filter(|_| !bug!(NoTimerForLeaseEnd));
-        let before_waiters = !stood && queue.entry(lease).is_some_and(Entry::is_upgrade);
-        Taken::Queued { poll_at: first_end.unwrap_or(Time::NEVER), anew: !stood, before_waiters }
+        Taken::Queued { poll_at: first_end.unwrap_or(Time::NEVER), anew: !stood }
     }
 
     pub(crate) fn entry<S: Store>(&self, scene: &Scene<'_, S>, claim: &Claim, want: &Want) -> Entry {

@@ -227,7 +227,7 @@ impl Table {
                         let _ = self.tidy_lock(scene, &want.name, None);
                     }
                 }
-                Taken::Queued { poll_at, anew, before_waiters } => {
+                Taken::Queued { poll_at, anew } => {
                     // Not before it stands there: what stands nowhere may be tidied out of the index, if its worker looks dead.
                     let mut others = Vec::new();
                     if anew {
@@ -245,10 +245,9 @@ impl Table {
                     // search may have taken somebody for dead who was not.
                     if anew || claim.searched <= self.sessions.doubted() {
                         claim.searched = scene.now;
-                        // An upgrade stands before plain waiters, who may be waited for by another request of its owner.
-                        let everywhere = before_waiters;
-                        // And who passed by another wait of its owner may have to be found from there.
-                        let from_all = everywhere || (several && !bug!(MarkerSearchesItself));
+                        // An upgrade stands before plain waiters, who may be waited for by another request of its owner; and who
+                        // passed by another wait of its owner may have to be found from there.
+                        let from_all = several && !bug!(MarkerSearchesItself);
                         let by = if from_all { None } else { Some(claim.request.lease) };
                         if let Err(cause) = self.check_cycle(scene, &owner, by) {
                             return self.refuse(scene, claim, cause);
