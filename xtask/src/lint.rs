@@ -11,8 +11,7 @@ pub fn run() -> Result<()> {
     tools::rust_targets(&[wasm::TARGET, CORE_TARGET])?;
     let deny = ["--", "-D", "warnings"];
     let plugin = ["clippy", "--package", "interlock", "--lib", "--target", wasm::TARGET];
-    // Its benches take times natively only.
-    let core = ["clippy", "--package", "interlock-core", "--lib", "--tests", "--target", CORE_TARGET];
+    let core = ["clippy", "--package", "interlock-core", "--all-targets", "--target", CORE_TARGET];
     cargo(&["fmt", "--all", "--check"])?;
     cargo(&["fmt", "--manifest-path", "fuzz/libfuzzer/Cargo.toml", "--check"])?;
     cargo(&[&["clippy", "--workspace", "--all-targets"], &deny[..]].concat())?;

@@ -30,8 +30,8 @@ pub const CASES: &[Named] = &[
     ("8 locks, locks_per_owner: null", || locks(false, 8)),
     ("a second lock in the declared order", in_order),
     ("a refusal of a lock against the declared order", against_the_order),
-    ("a wait behind a holder, given up", arrival),
-    ("a hand-over, with 16 waiters", hand_over),
+    ("a wait behind a holder, given up", || arrival(0)),
+    ("a hand-over, with 16 waiters", || hand_over(16)),
     ("a wait at the end of a chain of 4", || chain(4, OTHERS)),
     ("a wait at the end of a chain of 256", || chain(256, OTHERS)),
     ("a refusal of a cycle of 4", || ring(4)),
@@ -95,10 +95,13 @@ fn refused(outcome: Outcome) {
     black_box(refusal);
 }
 
-/// Somebody comes to stand behind a holder, and goes again.
-fn arrival() -> Case {
+/// Somebody comes to stand behind a holder and so many who wait, and goes again.
+pub fn arrival(waiters: usize) -> Case {
     let (mut world, one) = (busy(true, OTHERS), names(1));
     let _held = world.take(&owner(1), &one);
+    for n in 0..waiters {
+        let _waits = world.wait(&owner(3 + n), &one);
+    }
     let me = owner(2);
     Case::new(move || {
         let pending = world.wait(&me, &one);
@@ -107,18 +110,18 @@ fn arrival() -> Case {
 }
 
 /// A release, the next one's look at what it was granted, and somebody else who comes.
-fn hand_over() -> Case {
+pub fn hand_over(waiters: usize) -> Case {
     let (mut world, one) = (busy(true, OTHERS), names(1));
     let mut holder = Some(world.take(&owner(0), &one));
-    let mut line: VecDeque<_> = (1..=16).map(|n| world.wait(&owner(n), &one)).collect();
-    let mut next = 16;
+    let mut line: VecDeque<_> = (1..=waiters).map(|n| world.wait(&owner(n), &one)).collect();
+    let mut next = waiters;
     Case::new(move || {
         world.release(holder.take().expect("a holder"));
         let first = line.pop_front().expect("a waiter");
         let Outcome::Granted(lease) = world.poll(first) else { panic!("not granted") };
         holder = Some(lease);
         // The same owners come back, so that the records stay as long as they are.
-        next = (next + 1) % 17;
+        next = (next + 1) % (waiters + 1);
         line.push_back(world.wait(&owner(next), &one));
     })
 }
@@ -148,7 +151,7 @@ pub fn chain(length: usize, others: usize) -> Case {
 }
 
 /// The owner at the end of a chain asks for its first lock, and is refused with the cycle.
-fn ring(length: usize) -> Case {
+pub fn ring(length: usize) -> Case {
     let (mut world, first, me) = (chained(length, OTHERS), [lock("chain/0")], owner(length - 1));
     Case::new(move || {
         let request = world.request(&me, &first);

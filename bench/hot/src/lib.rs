@@ -2,12 +2,14 @@
 //! `cargo xtask instructions`, which counts what the processor does.
 //!
 //! Each part can be done any number of times and is the same each time: the same records, names and spread over buckets, and no
-//! clock. Measures nothing itself.
+//! clock but around the whole of it.
 
 mod cases;
 mod world;
 
-pub use cases::{CASES, Named, chain};
+use std::time::{Duration, Instant};
+
+pub use cases::{CASES, Named, arrival, chain, hand_over, ring};
 
 /// One part of the hot path.
 pub struct Case {
@@ -18,6 +20,16 @@ pub struct Case {
 }
 
 impl Case {
+    /// Does it once, and says how long that took without what has to be put back before.
+    pub fn once(&mut self) -> Duration {
+        if let Some(prepare) = &mut self.prepare {
+            prepare();
+        }
+        let start = Instant::now();
+        (self.work)();
+        start.elapsed()
+    }
+
     fn new(work: impl FnMut() + 'static) -> Self {
         Case { prepare: None, work: Box::new(work) }
     }

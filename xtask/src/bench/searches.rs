@@ -80,12 +80,7 @@ fn measure(pace: Pace) -> Result<Finding> {
 fn micros(case: &mut Case, pace: Pace) -> f64 {
     let (begin, mut spent, mut times) = (Instant::now(), 0.0, 0_u32);
     while times < 3 || begin.elapsed() < pace.time / PART {
-        if let Some(prepare) = &mut case.prepare {
-            prepare();
-        }
-        let start = Instant::now();
-        (case.work)();
-        spent += start.elapsed().as_secs_f64();
+        spent += case.once().as_secs_f64();
         times += 1;
     }
     spent * 1e6 / f64::from(times)
