@@ -8,6 +8,7 @@
 pub mod authority;
 pub mod etcd;
 pub mod local;
+pub mod remote;
 pub mod seen;
 #[cfg(test)]
 mod tests;
@@ -17,7 +18,7 @@ use std::sync::Arc;
 use interlock_core::{Duration, Grant, LockName, Loss, Mode, OwnerId, Rules, Time};
 
 use crate::answer::Reject;
-use crate::host::{Host, HostError, Status};
+use crate::host::{ContextId, Host, HostError, Status};
 use crate::policy;
 use authority::Authority;
 use etcd::Etcd;
@@ -65,9 +66,9 @@ pub enum Waiting {
     /// In the queue of a lock.
     Local(interlock_core::Pending),
     /// For an answer.
-    Authority(authority::Waiting),
+    Authority(remote::Waiting),
     /// For its turn in etcd.
-    Etcd(etcd::Waiting),
+    Etcd(remote::Waiting),
 }
 
 impl Waiting {
@@ -75,8 +76,7 @@ impl Waiting {
     pub fn owner(&self) -> &OwnerId {
         match self {
             Waiting::Local(pending) => pending.owner(),
-            Waiting::Authority(waiting) => waiting.owner(),
-            Waiting::Etcd(waiting) => waiting.owner(),
+            Waiting::Authority(waiting) | Waiting::Etcd(waiting) => waiting.owner(),
         }
     }
 
@@ -84,8 +84,7 @@ impl Waiting {
     pub fn waits_for(&self) -> Option<(&LockName, Mode)> {
         match self {
             Waiting::Local(pending) => pending.waits_for(),
-            Waiting::Authority(waiting) => waiting.waits_for(),
-            Waiting::Etcd(waiting) => waiting.waits_for(),
+            Waiting::Authority(waiting) | Waiting::Etcd(waiting) => waiting.waits_for(),
         }
     }
 
@@ -105,9 +104,9 @@ pub enum Lease {
     /// In this Envoy's table.
     Local(interlock_core::Lease),
     /// At an authority.
-    Authority(authority::Lease),
+    Authority(remote::Lease),
     /// In etcd.
-    Etcd(etcd::Lease),
+    Etcd(remote::Lease),
 }
 
 impl Lease {
@@ -115,8 +114,7 @@ impl Lease {
     pub fn owner(&self) -> &OwnerId {
         match self {
             Lease::Local(lease) => lease.owner(),
-            Lease::Authority(lease) => lease.owner(),
-            Lease::Etcd(lease) => lease.owner(),
+            Lease::Authority(lease) | Lease::Etcd(lease) => lease.owner(),
         }
     }
 
@@ -124,8 +122,7 @@ impl Lease {
     pub fn grants(&self) -> &[Grant] {
         match self {
             Lease::Local(lease) => lease.grants(),
-            Lease::Authority(lease) => lease.grants(),
-            Lease::Etcd(lease) => lease.grants(),
+            Lease::Authority(lease) | Lease::Etcd(lease) => lease.grants(),
         }
     }
 
@@ -243,6 +240,12 @@ impl Backends {
         &mut self.authorities
     }
 
+    /// The streams of which a client has decided something since this was last asked.
+    pub fn woken(&mut self) -> Vec<ContextId> {
+        let of_authorities = self.authorities.iter_mut().flat_map(Authority::woken);
+        of_authorities.chain(self.etcds.iter_mut().flat_map(Etcd::woken)).collect()
+    }
+
     /// Forgets the clients that nothing hangs on and that are not of this backend.
     pub fn retire(&mut self, current: &policy::Backend) {
         self.authorities.retain(|authority| {
@@ -270,8 +273,8 @@ impl Backends {
         self.etcds.iter_mut().find(|other| other.number() == client)
     }
 
-    fn of(&mut self, authority: u32) -> Option<&mut Authority> {
-        self.authorities.iter_mut().find(|other| other.number() == authority)
+    fn authority_of(&mut self, client: u32) -> Option<&mut Authority> {
+        self.authorities.iter_mut().find(|other| other.number() == client)
     }
 
     /// What has become of a request that waits.
@@ -281,7 +284,7 @@ impl Backends {
                 Some(local) => local.poll(host, rules, pending).into(),
                 None => Outcome::Waiting(Waiting::Local(pending)),
             },
-            Waiting::Authority(waiting) => match self.of(waiting.authority()) {
+            Waiting::Authority(waiting) => match self.authority_of(waiting.client()) {
                 Some(authority) => authority.poll(host, waiting),
                 None => Outcome::Waiting(Waiting::Authority(waiting)),
             },
@@ -301,7 +304,7 @@ impl Backends {
                 }
             }
             Waiting::Authority(waiting) => {
-                if let Some(authority) = self.of(waiting.authority()) {
+                if let Some(authority) = self.authority_of(waiting.client()) {
                     authority.cancel(host, waiting);
                 }
             }
@@ -320,7 +323,7 @@ impl Backends {
                 self.local(purpose).map(|local| local.release(host, rules, lease)).unwrap_or_default()
             }
             Lease::Authority(lease) => {
-                self.of(lease.authority()).map(|authority| authority.release(host, lease)).unwrap_or_default()
+                self.authority_of(lease.client()).map(|authority| authority.release(host, lease)).unwrap_or_default()
             }
             Lease::Etcd(lease) => {
                 self.etcd_of(lease.client()).map(|etcd| etcd.release(host, lease)).unwrap_or_default()
@@ -332,7 +335,7 @@ impl Backends {
     pub fn lost(&mut self, host: &dyn Host, lease: &Lease) -> Option<(LockName, Loss)> {
         let loss = match lease {
             Lease::Local(_) => None,
-            Lease::Authority(lease) => self.of(lease.authority())?.loss(host, lease),
+            Lease::Authority(lease) => self.authority_of(lease.client())?.loss(host, lease),
             Lease::Etcd(lease) => self.etcd_of(lease.client())?.loss(host, lease),
         }?;
         lease.grants().first().map(|grant| (grant.name.clone(), loss))

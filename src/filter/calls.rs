@@ -178,9 +178,7 @@ impl Runtime {
                 report::trouble(host, active, &error);
             }
         }
-        if self.next_due() < self.armed {
-            self.arm(host);
-        }
+        self.hurry(host);
     }
 
     /// Does what a request asks for. None where that has to wait.

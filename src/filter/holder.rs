@@ -66,9 +66,7 @@ impl Runtime {
         self.asked.insert(token, id);
         self.timers.insert((due, id));
         self.questions.insert(id, question);
-        if self.next_due() < self.armed {
-            self.arm(host);
-        }
+        self.hurry(host);
     }
 
     /// Takes out the question about a stream.

@@ -301,9 +301,7 @@ impl Runtime {
         let fate = self.absorb(host, id, case, outcome, Duration::ZERO);
         self.call_root(host);
         // Its wait, its hold limit, the heartbeat that its TTL asks for: one may be due before the tick that is on its way.
-        if self.next_due() < self.armed {
-            self.arm(host);
-        }
+        self.hurry(host);
         match fate {
             Fate::Forward => {
                 self.forward(host, id);

@@ -5,7 +5,7 @@ use interlock_core::{Cause, Duration, Entry, Event, LockName, Loss, Mode, OwnerI
 use super::Active;
 use super::stream::{Case, Held};
 use crate::answer::Reject;
-use crate::backend::authority::Notes;
+use crate::backend::remote::Notes;
 use crate::backend::{Lease, Waiting};
 use crate::host::{Host, HostError, Level};
 use crate::policy::Backend;

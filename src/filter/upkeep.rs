@@ -54,16 +54,7 @@ impl Runtime {
             return;
         };
         authority.answered(host, token, headers);
-        self.wake(host);
-        // What a stream sends, only that stream is told the answer of.
-        if of_stream {
-            self.call_root(host);
-        } else {
-            self.attend(host);
-        }
-        if self.next_due() < self.armed {
-            self.arm(host);
-        }
+        self.go_on(host, of_stream);
     }
 
     /// The root whose callback runs from here on, as far as that matters.
@@ -82,15 +73,7 @@ impl Runtime {
     pub fn method_answered(&mut self, host: &dyn Host, token: CallToken, status: u32, of_stream: bool) {
         let Some(etcd) = self.backends.etcds().iter_mut().find(|etcd| etcd.awaits(token)) else { return };
         etcd.answered(host, token, status);
-        self.wake(host);
-        if of_stream {
-            self.call_root(host);
-        } else {
-            self.attend(host);
-        }
-        if self.next_due() < self.armed {
-            self.arm(host);
-        }
+        self.go_on(host, of_stream);
     }
 
     /// A message has come on a stream of a backend's.
@@ -107,6 +90,23 @@ impl Runtime {
         let Some(etcd) = self.backends.etcds().iter_mut().find(|etcd| etcd.has(stream)) else { return };
         act(etcd);
         self.attend(host);
+        self.hurry(host);
+    }
+
+    /// A call was answered: does what follows from it. `of_stream`: in a callback of a stream.
+    fn go_on(&mut self, host: &dyn Host, of_stream: bool) {
+        self.wake(host);
+        // What a stream sends, only that stream is told the answer of.
+        if of_stream {
+            self.call_root(host);
+        } else {
+            self.attend(host);
+        }
+        self.hurry(host);
+    }
+
+    /// Has the tick come sooner, if something is due before it.
+    pub(super) fn hurry(&mut self, host: &dyn Host) {
         if self.next_due() < self.armed {
             self.arm(host);
         }
@@ -115,10 +115,7 @@ impl Runtime {
     /// Looks after the streams of which authorities have decided something. From a callback of a root, as the host sees it.
     fn wake(&mut self, host: &dyn Host) {
         loop {
-            let woken: Vec<ContextId> =
-                self.backends.authorities().iter_mut().flat_map(|authority| authority.woken()).collect();
-            let woken = woken.into_iter().chain(self.backends.etcds().iter_mut().flat_map(|etcd| etcd.woken()));
-            let woken: Vec<ContextId> = woken.collect();
+            let woken = self.backends.woken();
             if woken.is_empty() {
                 break;
             }

@@ -7,7 +7,7 @@ use interlock_core::lease::{CallId, PutAnswer};
 use interlock_core::{Cause, Duration, LeaseId, Loss, Refusal, Time, bug};
 
 use super::wire::{self, Reply};
-use super::{Authority, Renewal, WARM, What, refusal, unavailable};
+use super::{Authority, Renewal, WARM, What};
 use crate::answer::Reject;
 use crate::api::told::{self, Question, Told, Unusable};
 use crate::host::{CallToken, ContextId, Host};
@@ -109,7 +109,7 @@ impl Authority {
             }
             Ok(Told::Over) => {
                 let waiting = entry.wish.waiting(self.number, stream);
-                let why = Box::new(refusal(&waiting, Cause::LeaseLost { loss: Loss::Expired }));
+                let why = Box::new(waiting.refusal(Cause::LeaseLost { loss: Loss::Expired }));
                 match host.random() {
                     Ok(fresh) => {
                         let fresh = LeaseId(fresh);
@@ -151,8 +151,8 @@ impl Authority {
         let enough = hopeless || now.since(since) >= self.at.timeout;
         let waiting = entry.wish.waiting(self.number, stream);
         let why = match retry_after.filter(|_| grace) {
-            Some(left) => refusal(&waiting, Cause::Grace { left }),
-            None => unavailable(&waiting, detail),
+            Some(left) => waiting.refusal(Cause::Grace { left }),
+            None => waiting.unavailable(detail),
         };
         let retry_after = if enough { Some(Duration::MAX) } else { retry_after };
         self.client.failed(now, call, Box::new(why), retry_after);

@@ -21,8 +21,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use interlock_core::lease::{Ask, CallId, Client, Do, Ticket};
-use interlock_core::{Cause, Duration, Grant, LeaseId, LockName, Loss, OwnerId, Refusal, Time, Want, bug};
+use interlock_core::{Cause, Duration, Grant, LeaseId, LockName, Loss, OwnerId, Time, Want, bug};
 
+use super::remote::{Lease, Notes, RootCall, Waiting};
 use super::{Outcome, Purpose};
 use crate::answer::Reject;
 use crate::api::told::{Asked as AskedLock, Granted};
@@ -63,61 +64,9 @@ impl Wish {
     }
 
     /// The request as one that waits.
-    fn waiting(&self, authority: u32, stream: ContextId) -> Waiting {
+    fn waiting(&self, client: u32, stream: ContextId) -> Waiting {
         let first = self.wants.first().map(|want| (want.name.clone(), want.mode));
-        Waiting { authority, stream, owner: self.owner.clone(), first }
-    }
-}
-
-/// A request that waits for its lease.
-#[derive(Debug)]
-pub struct Waiting {
-    authority: u32,
-    stream: ContextId,
-    owner: OwnerId,
-    first: Option<(LockName, interlock_core::Mode)>,
-}
-
-impl Waiting {
-    /// Which client it waits at.
-    pub fn authority(&self) -> u32 {
-        self.authority
-    }
-
-    /// Who waits.
-    pub fn owner(&self) -> &OwnerId {
-        &self.owner
-    }
-
-    /// The first lock that it asks for: only the authority knows for which of them it waits.
-    pub fn waits_for(&self) -> Option<(&LockName, interlock_core::Mode)> {
-        self.first.as_ref().map(|(lock, mode)| (lock, *mode))
-    }
-}
-
-/// A lease that a request holds.
-#[derive(Debug)]
-pub struct Lease {
-    authority: u32,
-    stream: ContextId,
-    owner: OwnerId,
-    grants: Vec<Grant>,
-}
-
-impl Lease {
-    /// Which client holds it.
-    pub fn authority(&self) -> u32 {
-        self.authority
-    }
-
-    /// Who holds.
-    pub fn owner(&self) -> &OwnerId {
-        &self.owner
-    }
-
-    /// What it holds.
-    pub fn grants(&self) -> &[Grant] {
-        &self.grants
+        Waiting { client, stream, owner: self.owner.clone(), first }
     }
 }
 
@@ -175,15 +124,6 @@ struct Renewal {
     answers: Vec<(LeaseId, Option<Duration>)>,
 }
 
-/// What happened that operators want to know.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct Notes {
-    /// How long the authority took for calls, its waiting aside.
-    pub took: Vec<Duration>,
-    /// How it failed, each in one word.
-    pub failures: Vec<&'static str>,
-}
-
 /// The leases of one VM at one authority.
 pub struct Authority {
     /// Tells the clients of this VM apart.
@@ -203,10 +143,8 @@ pub struct Authority {
     woken: Vec<ContextId>,
     notes: Notes,
     floors: Floors,
-    mailbox_name: String,
-    mailbox: Option<QueueId>,
-    /// Whether a root was asked to send what is in the outbox.
-    called: bool,
+    /// How a root is asked to send what is in the outbox.
+    root: RootCall,
     /// When something is sent to keep the connection.
     warm_at: Time,
 }
@@ -242,9 +180,7 @@ impl Authority {
             woken: Vec::new(),
             notes: Notes::default(),
             floors: Floors::default(),
-            mailbox_name: format!("interlock/out/{instance}/{:032x}", host.random()?),
-            mailbox: None,
-            called: false,
+            root: RootCall::new(format!("interlock/out/{instance}/{:032x}", host.random()?)),
             warm_at: Time::ZERO,
         })
     }
@@ -299,7 +235,7 @@ impl Authority {
     pub fn poll(&mut self, host: &dyn Host, waiting: Waiting) -> Outcome {
         let stream = waiting.stream;
         let Some(entry) = self.entries.get_mut(&stream) else {
-            return Outcome::Refused(Box::new(unavailable(&waiting, "nothing is known of the request any more")));
+            return Outcome::Refused(Box::new(waiting.unavailable("nothing is known of the request any more")));
         };
         match entry.news.take() {
             None => Outcome::Waiting(super::Waiting::Authority(waiting)),
@@ -315,7 +251,7 @@ impl Authority {
                     asked: true,
                 };
                 let grants = granted.locks.iter().map(grant).collect();
-                let lease = Lease { authority: self.number, stream, owner: waiting.owner, grants };
+                let lease = Lease { client: self.number, stream, owner: waiting.owner, grants };
                 Outcome::Granted(super::Lease::Authority(lease))
             }
             Some(News::Refused(reject)) => {
@@ -324,7 +260,7 @@ impl Authority {
             }
             Some(News::Lost(loss)) => {
                 self.entries.remove(&stream);
-                Outcome::Refused(Box::new(refusal(&waiting, Cause::LeaseLost { loss })))
+                Outcome::Refused(Box::new(waiting.refusal(Cause::LeaseLost { loss })))
             }
         }
     }
@@ -396,7 +332,7 @@ impl Authority {
 
     /// Sends what is to be sent, from a callback of a root.
     pub fn flush(&mut self, host: &dyn Host) {
-        self.called = false;
+        self.root.came();
         while let Some(next) = self.outbox.pop_front() {
             self.send(host, next, None);
             self.note();
@@ -408,35 +344,20 @@ impl Authority {
     /// # Errors
     /// Those of the host. The next tick sends it.
     pub fn call_root(&mut self, host: &dyn Host) -> Result<(), HostError> {
-        if self.called || self.outbox.is_empty() || bug!(RootNotCalled) {
-            return Ok(());
-        }
-        let mailbox = match self.mailbox {
-            Some(mailbox) => mailbox,
-            None => self.listen(host)?,
-        };
-        host.enqueue(mailbox, b"!")?;
-        self.called = true;
-        Ok(())
+        if self.outbox.is_empty() || bug!(RootNotCalled) { Ok(()) } else { self.root.call(host) }
     }
 
     /// Makes the root whose callback runs the one that is called.
     ///
     /// # Errors
     /// Those of the host.
-    pub fn listen(&mut self, host: &dyn Host) -> Result<QueueId, HostError> {
-        let mailbox = host.register_queue(&self.mailbox_name)?;
-        self.mailbox = Some(mailbox);
-        Ok(mailbox)
+    pub fn listen(&mut self, host: &dyn Host) -> Result<(), HostError> {
+        self.root.listen(host).map(drop)
     }
 
     /// Whether a root is called by this queue; empties it then.
-    pub fn heard(&mut self, host: &dyn Host, queue: QueueId) -> bool {
-        let mine = self.mailbox == Some(queue);
-        if mine {
-            while let Ok(Some(_)) = host.dequeue(queue) {}
-        }
-        mine
+    pub fn heard(&self, host: &dyn Host, queue: QueueId) -> bool {
+        self.root.heard(host, queue)
     }
 
     /// The streams of which something was decided since this was last asked.
@@ -474,17 +395,4 @@ impl Authority {
         self.due.remove(&(sent.due, token));
         Some(sent)
     }
-}
-
-fn refusal(waiting: &Waiting, cause: Cause) -> Reject {
-    match &waiting.first {
-        Some((lock, mode)) => {
-            Reject::Core(Refusal { lock: lock.clone(), mode: *mode, owner: waiting.owner.clone(), cause })
-        }
-        None => Reject::Malformed { detail: String::from("it names no lock") },
-    }
-}
-
-fn unavailable(waiting: &Waiting, detail: &str) -> Reject {
-    refusal(waiting, Cause::Backend { detail: detail.to_owned() })
 }

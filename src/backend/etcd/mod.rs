@@ -32,11 +32,9 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use interlock_core::{
-    Cause, Duration, Grant, LeaseId, LockName, Loss, Mode, OwnerId, Refusal, Request, Rules, Time, Want,
-};
+use interlock_core::{Cause, Duration, Grant, LeaseId, LockName, Loss, OwnerId, Request, Rules, Time, Want};
 
-use super::authority::Notes;
+use super::remote::{Lease, Notes, RootCall, Waiting};
 use super::{Outcome, Purpose};
 use crate::answer::Reject;
 use crate::host::{CallToken, ContextId, Host, HostError, QueueId};
@@ -67,58 +65,6 @@ pub struct Wish {
     pub arrived: Time,
     /// The rules that it comes under.
     pub rules: Rc<Rules>,
-}
-
-/// A request that waits.
-#[derive(Debug)]
-pub struct Waiting {
-    client: u32,
-    stream: ContextId,
-    owner: OwnerId,
-    first: Option<(LockName, Mode)>,
-}
-
-impl Waiting {
-    /// Which client it waits at.
-    pub fn client(&self) -> u32 {
-        self.client
-    }
-
-    /// Who waits.
-    pub fn owner(&self) -> &OwnerId {
-        &self.owner
-    }
-
-    /// The first lock that it takes.
-    pub fn waits_for(&self) -> Option<(&LockName, Mode)> {
-        self.first.as_ref().map(|(lock, mode)| (lock, *mode))
-    }
-}
-
-/// A lease that a request holds.
-#[derive(Debug)]
-pub struct Lease {
-    client: u32,
-    stream: ContextId,
-    owner: OwnerId,
-    grants: Vec<Grant>,
-}
-
-impl Lease {
-    /// Which client holds it.
-    pub fn client(&self) -> u32 {
-        self.client
-    }
-
-    /// Who holds.
-    pub fn owner(&self) -> &OwnerId {
-        &self.owner
-    }
-
-    /// What it holds.
-    pub fn grants(&self) -> &[Grant] {
-        &self.grants
-    }
 }
 
 /// What has become of a request, as far as its stream was not told.
@@ -187,10 +133,8 @@ pub struct Etcd {
     outbox: VecDeque<Out>,
     woken: Vec<ContextId>,
     notes: Notes,
-    mailbox_name: String,
-    mailbox: Option<QueueId>,
-    /// Whether a root was asked to send what is in the outbox.
-    called: bool,
+    /// How a root is asked to send what is in the outbox.
+    root: RootCall,
 }
 
 impl Etcd {
@@ -225,9 +169,7 @@ impl Etcd {
             outbox: VecDeque::new(),
             woken: Vec::new(),
             notes: Notes::default(),
-            mailbox_name: format!("interlock/etcd/{instance}/{:032x}", host.random()?),
-            mailbox: None,
-            called: false,
+            root: RootCall::new(format!("interlock/etcd/{instance}/{:032x}", host.random()?)),
         })
     }
 
@@ -291,8 +233,7 @@ impl Etcd {
     pub fn poll(&mut self, waiting: Waiting) -> Outcome {
         let stream = waiting.stream;
         let Some(entry) = self.entries.get_mut(&stream) else {
-            let detail = String::from("nothing is known of the request any more");
-            return Outcome::Refused(Box::new(refusal(&waiting, Cause::Backend { detail })));
+            return Outcome::Refused(Box::new(waiting.unavailable("nothing is known of the request any more")));
         };
         match entry.news.take() {
             None => Outcome::Waiting(super::Waiting::Etcd(waiting)),
@@ -311,7 +252,7 @@ impl Etcd {
             }
             Some(News::Lost) => {
                 self.forget(stream);
-                Outcome::Refused(Box::new(refusal(&waiting, Cause::LeaseLost { loss: Loss::Expired })))
+                Outcome::Refused(Box::new(waiting.refusal(Cause::LeaseLost { loss: Loss::Expired })))
             }
         }
     }
@@ -381,35 +322,20 @@ impl Etcd {
     /// # Errors
     /// Those of the host. The next tick sends it.
     pub fn call_root(&mut self, host: &dyn Host) -> Result<(), HostError> {
-        if self.called || self.outbox.is_empty() {
-            return Ok(());
-        }
-        let mailbox = match self.mailbox {
-            Some(mailbox) => mailbox,
-            None => self.listen(host)?,
-        };
-        host.enqueue(mailbox, b"!")?;
-        self.called = true;
-        Ok(())
+        if self.outbox.is_empty() { Ok(()) } else { self.root.call(host) }
     }
 
     /// Makes the root whose callback runs the one that is called.
     ///
     /// # Errors
     /// Those of the host.
-    pub fn listen(&mut self, host: &dyn Host) -> Result<QueueId, HostError> {
-        let mailbox = host.register_queue(&self.mailbox_name)?;
-        self.mailbox = Some(mailbox);
-        Ok(mailbox)
+    pub fn listen(&mut self, host: &dyn Host) -> Result<(), HostError> {
+        self.root.listen(host).map(drop)
     }
 
     /// Whether a root is called by this queue; empties it then.
-    pub fn heard(&mut self, host: &dyn Host, queue: QueueId) -> bool {
-        let mine = self.mailbox == Some(queue);
-        if mine {
-            while let Ok(Some(_)) = host.dequeue(queue) {}
-        }
-        mine
+    pub fn heard(&self, host: &dyn Host, queue: QueueId) -> bool {
+        self.root.heard(host, queue)
     }
 
     /// The streams of which something was decided since this was last asked.
@@ -444,14 +370,5 @@ impl Etcd {
             self.timers.remove(&(before, stream));
         }
         self.timers.extend(timer.filter(|timer| *timer < Time::NEVER).map(|timer| (timer, stream)));
-    }
-}
-
-fn refusal(waiting: &Waiting, cause: Cause) -> Reject {
-    match &waiting.first {
-        Some((lock, mode)) => {
-            Reject::Core(Refusal { lock: lock.clone(), mode: *mode, owner: waiting.owner.clone(), cause })
-        }
-        None => Reject::Malformed { detail: String::from("it names no lock") },
     }
 }

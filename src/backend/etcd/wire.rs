@@ -156,7 +156,7 @@ impl Etcd {
 
     /// Sends what is to be sent, from a callback of a root: `root`.
     pub fn flush(&mut self, host: &dyn Host) {
-        self.called = false;
+        self.root.came();
         self.keep_alive(host);
         while let Some(next) = self.outbox.pop_front() {
             let now = host.now();
