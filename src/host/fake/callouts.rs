@@ -126,15 +126,20 @@ impl FakeHost {
             let at = callouts.open.iter().position(|call| call.token == token)?;
             callouts.open.remove(at)
         };
-        let alive = call.stream.is_none_or(|stream| self.streams.borrow().contains_key(&stream));
-        if !alive {
-            return None;
-        }
-        self.set_root(call.root);
-        // To the host it is a callback of the root, to which the SDK makes the stream the effective one.
-        self.run(None);
+        self.enter(call.root, call.stream)?;
         self.callouts.borrow_mut().answer = Some(answer);
         Some(call)
+    }
+
+    /// Begins the callback for an answer; none where the stream that it is for has gone. To the host it is a callback of the root,
+    /// to which the SDK makes the stream the effective one.
+    fn enter(&self, root: u32, stream: Option<ContextId>) -> Option<()> {
+        if !stream.is_none_or(|stream| self.streams.borrow().contains_key(&stream)) {
+            return None;
+        }
+        self.set_root(root);
+        self.run(None);
+        Some(())
     }
 
     /// The callback for an answer has ended.
@@ -174,12 +179,7 @@ impl FakeHost {
             let at = callouts.methods.iter().position(|call| call.token == token)?;
             callouts.methods.remove(at)
         };
-        let alive = call.stream.is_none_or(|stream| self.streams.borrow().contains_key(&stream));
-        if !alive {
-            return None;
-        }
-        self.set_root(call.root);
-        self.run(None);
+        self.enter(call.root, call.stream)?;
         self.callouts.borrow_mut().grpc = Some(answer);
         Some(call)
     }

@@ -40,12 +40,7 @@ fn an_uncontended_lock_is_one_call_and_its_end_another_that_nobody_waits_for() {
 
 #[test]
 fn who_waits_is_woken_by_the_watch_without_time_passing() {
-    let mut stand = Stand::warm();
-    let first = stand.ask("one", "a/1", 5);
-    stand.deliver();
-    let first = stand.granted(first);
-    let second = stand.ask("two", "a/1", 5);
-    stand.run(millis(100));
+    let (mut stand, first, second) = Stand::contended(5);
     let second = stand.waits(second);
     let (fence, before) = (first.grants()[0].fence, stand.host.proxy().now());
     stand.called.clear();
@@ -100,12 +95,7 @@ fn a_lock_whose_answer_was_lost_is_taken_again_and_the_first_one_given_back() {
 
 #[test]
 fn a_step_up_whose_answer_was_lost_is_seen_in_the_line() {
-    let mut stand = Stand::warm();
-    let first = stand.ask("one", "a/1", 5);
-    stand.deliver();
-    let first = stand.granted(first);
-    let second = stand.ask("two", "a/1", 5);
-    stand.run(millis(100));
+    let (mut stand, first, second) = Stand::contended(5);
     stand.release(first);
     // The deletion, and the step up that it lets happen.
     stand.loses = 2;
@@ -135,12 +125,7 @@ fn who_leaves_before_the_answer_leaves_nothing() {
 
 #[test]
 fn a_session_that_etcd_ends_takes_what_is_held_and_who_waits_begins_anew() {
-    let mut stand = Stand::warm();
-    let held = stand.ask("one", "a/1", 5);
-    stand.deliver();
-    let held = stand.granted(held);
-    let waiting = stand.ask("two", "a/1", 30);
-    stand.run(millis(100));
+    let (mut stand, held, waiting) = Stand::contended(30);
     let waiting = stand.waits(waiting);
     for lease in stand.store.leases() {
         stand.store.end_lease(lease);
@@ -159,12 +144,7 @@ fn a_session_that_etcd_ends_takes_what_is_held_and_who_waits_begins_anew() {
 
 #[test]
 fn an_etcd_that_falls_silent_takes_what_is_held_when_the_session_must_have_ended() {
-    let mut stand = Stand::warm();
-    let held = stand.ask("one", "a/1", 5);
-    stand.deliver();
-    let held = stand.granted(held);
-    let waiting = stand.ask("two", "a/1", 30);
-    stand.run(millis(100));
+    let (mut stand, held, waiting) = Stand::contended(30);
     stand.silent = true;
     stand.run(secs(3));
     assert_eq!(stand.etcd.loss(&stand.host, &held), None, "it lives for six seconds after its last sign of life");
@@ -179,12 +159,7 @@ fn an_etcd_that_falls_silent_takes_what_is_held_when_the_session_must_have_ended
 #[test]
 fn a_watch_that_breaks_goes_on_where_it_was_and_a_compacted_one_reads_anew() {
     for compacts in [false, true] {
-        let mut stand = Stand::warm();
-        let first = stand.ask("one", "a/1", 5);
-        stand.deliver();
-        let first = stand.granted(first);
-        let second = stand.ask("two", "a/1", 30);
-        stand.run(millis(100));
+        let (mut stand, first, second) = Stand::contended(30);
         stand.break_streams();
         // Nobody watches now, and the deletion is over before anybody does.
         stand.release(first);
@@ -201,12 +176,7 @@ fn a_watch_that_breaks_goes_on_where_it_was_and_a_compacted_one_reads_anew() {
 
 #[test]
 fn streams_are_opened_anew_by_the_root_that_is_left() {
-    let mut stand = Stand::warm();
-    let first = stand.ask("one", "a/1", 60);
-    stand.deliver();
-    let first = stand.granted(first);
-    let second = stand.ask("two", "a/1", 60);
-    stand.run(millis(100));
+    let (mut stand, first, second) = Stand::contended(60);
     assert_eq!(stand.host.open_streams().len(), 2, "one that watches, one for signs of life");
     stand.change_root();
     assert_eq!(stand.host.open_streams(), []);
@@ -224,12 +194,7 @@ fn streams_are_opened_anew_by_the_root_that_is_left() {
 /// The fake host lets nobody open a stream where Envoy would turn for ever: behind another call of the same callback.
 #[test]
 fn streams_that_cannot_be_opened_are_tried_one_a_callback() {
-    let mut stand = Stand::warm();
-    let first = stand.ask("one", "a/1", 60);
-    stand.deliver();
-    let first = stand.granted(first);
-    let second = stand.ask("two", "a/1", 60);
-    stand.run(millis(100));
+    let (mut stand, first, second) = Stand::contended(60);
     stand.break_streams();
     stand.host.fail_next("grpc_open", 6, Status::InternalFailure);
     stand.host.fail_next("grpc_call", 4, Status::InternalFailure);
@@ -241,12 +206,7 @@ fn streams_that_cannot_be_opened_are_tried_one_a_callback() {
 
 #[test]
 fn a_message_that_cannot_be_read_costs_the_stream_and_not_the_waiter() {
-    let mut stand = Stand::warm();
-    let first = stand.ask("one", "a/1", 60);
-    stand.deliver();
-    let first = stand.granted(first);
-    let second = stand.ask("two", "a/1", 60);
-    stand.run(millis(100));
+    let (mut stand, first, second) = Stand::contended(60);
     let watch = stand.host.open_streams().into_iter().find(|stream| stream.method.1 == "Watch").unwrap();
     stand.store.unwatch();
     // As a message is read in another root than its own.
@@ -335,12 +295,7 @@ fn a_user_logs_in_before_anything_else_and_again_when_the_token_is_refused() {
 
 #[test]
 fn a_foreign_key_in_a_line_refuses_who_stands_there() {
-    let mut stand = Stand::warm();
-    let first = stand.ask("one", "a/1", 60);
-    stand.deliver();
-    stand.granted(first);
-    let second = stand.ask("two", "a/1", 60);
-    stand.run(millis(100));
+    let (mut stand, _, second) = Stand::contended(60);
     stand.store.put("/t/q/a/1!mine", "{}");
     stand.deliver();
     let why = stand.refused(second);

@@ -72,13 +72,27 @@ impl Stand {
     /// With a session, so that nothing but what a request itself needs is called for.
     pub(super) fn warm() -> Self {
         let mut stand = Self::new();
-        let first = stand.ask("warm", "w/1", 1);
-        stand.deliver();
-        let lease = stand.granted(first);
+        let lease = stand.take("warm", "w/1");
         stand.release(lease);
         stand.run(Duration::from_secs(3));
         stand.called.clear();
         stand
+    }
+
+    /// The same, where one holds `a/1` and two waits for it so many seconds.
+    pub(super) fn contended(wait: u64) -> (Self, Lease, Waiting) {
+        let mut stand = Self::warm();
+        let first = stand.take("one", "a/1");
+        let second = stand.ask("two", "a/1", wait);
+        stand.run(Duration::from_millis(100));
+        (stand, first, second)
+    }
+
+    /// A request takes a lock that is free.
+    pub(super) fn take(&mut self, owner: &str, lock: &str) -> Lease {
+        let waiting = self.ask(owner, lock, 5);
+        self.deliver();
+        self.granted(waiting)
     }
 
     /// A request asks for a lock, and waits for it so many seconds.
