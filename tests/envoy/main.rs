@@ -8,6 +8,7 @@
 
 mod common;
 mod problem;
+mod sidecar;
 mod world;
 
 mod api;

@@ -2,40 +2,14 @@
 //! connection that stays where it is while the authority is killed and started again.
 
 use hyper::Method;
-use interlock_testkit::client::Ask;
 use interlock_testkit::{Answer, Client, DEADLINE, Envoy, EnvoyConfig, Link, Upstream, tools, wait_for_async};
 use serde_json::{Value, json};
 
 use crate::common::reloads;
+use crate::sidecar::Sidecar;
 
 /// The longest TTL at the authority, and so the time for which one that was started grants nothing.
 const GRACE: &str = "2s";
-
-/// A sidecar and the service behind it.
-pub struct Sidecar {
-    pub envoy: Envoy,
-    pub upstream: Upstream,
-}
-
-impl Sidecar {
-    pub fn url(&self, path: &str) -> String {
-        format!("{}{path}", self.envoy.base_url())
-    }
-
-    /// A request for `lock` by the owner of that number, over a connection of its own.
-    pub fn ask(&self, owner: u128, path: &str, lock: &str) -> Ask {
-        Client::http1_fresh().get(self.url(path)).trace(owner).header("lock", lock)
-    }
-
-    pub async fn count(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
-        self.envoy.metric(name, labels).await.unwrap()
-    }
-
-    /// Waits until so many requests of it wait, or hold locks.
-    pub async fn until(&self, gauge: &str, count: u32) {
-        self.envoy.wait_metric(gauge, &[], |n| n == f64::from(count), DEADLINE).await;
-    }
-}
 
 /// All of it.
 pub struct Mesh {
@@ -155,8 +129,7 @@ impl Mesh {
     /// What every test ends with: nothing is left at the authority or in a gauge, nothing overlapped, and no VM has died.
     pub async fn assert_clean(&self) {
         for sidecar in &self.sidecars {
-            sidecar.upstream.wait_idle().await;
-            sidecar.upstream.checker().assert_clean();
+            sidecar.assert_served().await;
         }
         wait_for_async("an empty table", DEADLINE, async || {
             let seen = self.get("locks").await.json();
@@ -166,10 +139,7 @@ impl Mesh {
         })
         .await;
         for sidecar in &self.sidecars {
-            for gauge in ["interlock_held", "interlock_waiting"] {
-                sidecar.until(gauge, 0).await;
-            }
-            assert!(reloads(&sidecar.envoy).await.is_empty(), "a VM died");
+            sidecar.assert_rest().await;
         }
         assert!(reloads(self.envoy()).await.is_empty(), "a VM of the authority died");
     }

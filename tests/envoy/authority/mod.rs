@@ -6,22 +6,15 @@ pub mod mesh;
 
 use std::time::Duration;
 
-use interlock_testkit::{Answer, Client, DEADLINE, Direction, wait_for_async};
+use interlock_testkit::{Client, DEADLINE, Direction, wait_for_async};
 use serde_json::json;
 
 use crate::common::{fences, owner};
+use crate::sidecar::{fence, status};
 use mesh::{Mesh, policy};
 
 /// The counter of connections of a sidecar to the authority.
 const CONNECTIONS: &str = "cluster.interlock-authority.upstream_cx_total";
-
-fn fence(answer: &Answer) -> u64 {
-    fences(answer.header("lock-fence"))[0].1
-}
-
-fn status(answer: &Answer) -> String {
-    answer.joined("lock-status")
-}
 
 #[tokio::test]
 async fn a_lock_holds_over_all_sidecars() {

@@ -5,19 +5,12 @@ pub mod stand;
 
 use std::collections::BTreeMap;
 
-use interlock_testkit::{Answer, DEADLINE, Etcd, wait_for_async};
+use interlock_testkit::{DEADLINE, Etcd, wait_for_async};
 use serde_json::json;
 
 use crate::common::{fences, owner};
+use crate::sidecar::{fence, status};
 use stand::{Stand, policy};
-
-fn fence(answer: &Answer) -> u64 {
-    fences(answer.header("lock-fence"))[0].1
-}
-
-fn status(answer: &Answer) -> String {
-    answer.joined("lock-status")
-}
 
 #[tokio::test]
 async fn a_lock_holds_over_all_sidecars() {

@@ -2,37 +2,11 @@
 
 use std::net::SocketAddr;
 
-use interlock_testkit::client::Ask;
-use interlock_testkit::{Client, DEADLINE, Envoy, EnvoyConfig, Etcd, Upstream, tools, wait_for_async};
+use interlock_testkit::{DEADLINE, Envoy, EnvoyConfig, Etcd, Upstream, tools, wait_for_async};
 use serde_json::{Value, json};
 
-use crate::common::{etcd_cluster, reloads};
-
-/// A sidecar and the service behind it.
-pub struct Sidecar {
-    pub envoy: Envoy,
-    pub upstream: Upstream,
-}
-
-impl Sidecar {
-    pub fn url(&self, path: &str) -> String {
-        format!("{}{path}", self.envoy.base_url())
-    }
-
-    /// A request for `lock` by the owner of that number, over a connection of its own.
-    pub fn ask(&self, owner: u128, path: &str, lock: &str) -> Ask {
-        Client::http1_fresh().get(self.url(path)).trace(owner).header("lock", lock)
-    }
-
-    pub async fn count(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
-        self.envoy.metric(name, labels).await.unwrap()
-    }
-
-    /// Waits until so many requests of it wait, or hold locks.
-    pub async fn until(&self, gauge: &str, count: u32) {
-        self.envoy.wait_metric(gauge, &[], |n| n == f64::from(count), DEADLINE).await;
-    }
-}
+use crate::common::etcd_cluster;
+use crate::sidecar::Sidecar;
 
 /// All of it.
 pub struct Stand {
@@ -108,8 +82,7 @@ impl Stand {
     /// What every test ends with: no key is left in etcd and nothing in a gauge, nothing overlapped, and no VM has died.
     pub async fn assert_clean(&self) {
         for sidecar in &self.sidecars {
-            sidecar.upstream.wait_idle().await;
-            sidecar.upstream.checker().assert_clean();
+            sidecar.assert_served().await;
         }
         wait_for_async("no place and no item in etcd", DEADLINE, async || {
             let none = |prefix: &str| self.etcd.keys(prefix).is_ok_and(|keys| keys.is_empty());
@@ -117,10 +90,7 @@ impl Stand {
         })
         .await;
         for sidecar in &self.sidecars {
-            for gauge in ["interlock_held", "interlock_waiting"] {
-                sidecar.until(gauge, 0).await;
-            }
-            assert!(reloads(&sidecar.envoy).await.is_empty(), "a VM died");
+            sidecar.assert_rest().await;
         }
     }
 }
