@@ -18,11 +18,12 @@ use std::sync::Arc;
 use interlock_core::{Duration, Grant, LockName, Loss, Mode, OwnerId, Rules, Time};
 
 use crate::answer::Reject;
-use crate::host::{ContextId, Host, HostError, Status};
+use crate::host::{Host, HostError, Status};
 use crate::policy;
 use authority::Authority;
 use etcd::Etcd;
 use local::Local;
+use remote::Remote;
 
 /// Which of an instance's tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -240,10 +241,10 @@ impl Backends {
         &mut self.authorities
     }
 
-    /// The streams of which a client has decided something since this was last asked.
-    pub fn woken(&mut self) -> Vec<ContextId> {
-        let of_authorities = self.authorities.iter_mut().flat_map(Authority::woken);
-        of_authorities.chain(self.etcds.iter_mut().flat_map(Etcd::woken)).collect()
+    /// The clients of all who are asked.
+    pub fn remotes(&mut self) -> impl Iterator<Item = &mut dyn Remote> {
+        let authorities = self.authorities.iter_mut().map(|authority| authority as &mut dyn Remote);
+        authorities.chain(self.etcds.iter_mut().map(|etcd| etcd as &mut dyn Remote))
     }
 
     /// Forgets the clients that nothing hangs on and that are not of this backend.

@@ -1,7 +1,7 @@
 //! What the backends that ask others have in common: who waits and who holds there, how a root is had to send what a stream may
 //! not, and what operators are told. Nothing is sent, and nothing of a protocol is known here.
 
-use interlock_core::{Cause, Duration, Grant, LockName, Mode, OwnerId, Refusal};
+use interlock_core::{Cause, Duration, Grant, LockName, Mode, OwnerId, Refusal, Time};
 
 use crate::answer::Reject;
 use crate::host::{ContextId, Host, HostError, QueueId};
@@ -82,9 +82,54 @@ pub struct Notes {
     pub failures: Vec<&'static str>,
 }
 
+/// A client of those who are asked, as the filter drives all of them alike.
+pub trait Remote {
+    /// How it has a root called.
+    fn root_call(&mut self) -> &mut RootCall;
+
+    /// Whether something is to be sent that a root has to send.
+    fn has_to_send(&self) -> bool;
+
+    /// Does what it is time for; then see [`Remote::flush`].
+    fn tick(&mut self, host: &dyn Host);
+
+    /// When [`Remote::tick`] has something to do.
+    fn next_due(&self) -> Time;
+
+    /// Sends what is to be sent, from a callback of a root.
+    fn flush(&mut self, host: &dyn Host);
+
+    /// The streams of which something was decided since this was last asked.
+    fn woken(&mut self) -> Vec<ContextId>;
+
+    /// What happened since this was last asked.
+    fn take_notes(&mut self) -> Notes;
+
+    /// Has a root send what is to be sent, from a callback of a stream.
+    ///
+    /// # Errors
+    /// Those of the host. The next tick sends it.
+    fn call_root(&mut self, host: &dyn Host) -> Result<(), HostError> {
+        if self.has_to_send() { self.root_call().call(host) } else { Ok(()) }
+    }
+
+    /// Makes the root whose callback runs the one that is called.
+    ///
+    /// # Errors
+    /// Those of the host.
+    fn listen(&mut self, host: &dyn Host) -> Result<(), HostError> {
+        self.root_call().listen(host).map(drop)
+    }
+
+    /// Whether a root is called by this queue; empties it then.
+    fn heard(&mut self, host: &dyn Host, queue: QueueId) -> bool {
+        self.root_call().heard(host, queue)
+    }
+}
+
 /// A queue of the VM's own, by which a callback of a stream has a root called: the host tells nobody of an answer to a stream
 /// that has gone.
-pub(super) struct RootCall {
+pub struct RootCall {
     name: String,
     queue: Option<QueueId>,
     /// Whether one was called and has not come yet.

@@ -172,13 +172,7 @@ impl Runtime {
                 local.listen(host)?;
             }
         }
-        for authority in self.backends.authorities() {
-            authority.listen(host)?;
-        }
-        for etcd in self.backends.etcds() {
-            etcd.listen(host)?;
-        }
-        Ok(())
+        self.backends.remotes().try_for_each(|remote| remote.listen(host))
     }
 
     fn open_backends(&mut self, host: &dyn Host) -> Result<(), HostError> {

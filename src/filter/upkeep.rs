@@ -13,6 +13,7 @@ use super::stream::{Case, Ended, Held, State, Stream};
 use super::{Active, Fate, Runtime, report};
 use crate::answer::Reject;
 use crate::backend::etcd::Etcd;
+use crate::backend::remote::Remote;
 use crate::backend::{Lease, Purpose, Waiting};
 use crate::host::{CallToken, ContextId, Host, QueueId, StreamToken};
 use crate::policy::{Backend, OnLeaseLost};
@@ -31,11 +32,8 @@ impl Runtime {
             }
         }
         let mut heard = false;
-        for authority in self.backends.authorities() {
-            heard |= authority.heard(host, queue);
-        }
-        for etcd in self.backends.etcds() {
-            heard |= etcd.heard(host, queue);
+        for remote in self.backends.remotes() {
+            heard |= remote.heard(host, queue);
         }
         if heard {
             self.attend(host);
@@ -115,7 +113,7 @@ impl Runtime {
     /// Looks after the streams of which authorities have decided something. From a callback of a root, as the host sees it.
     fn wake(&mut self, host: &dyn Host) {
         loop {
-            let woken = self.backends.woken();
+            let woken: Vec<ContextId> = self.backends.remotes().flat_map(Remote::woken).collect();
             if woken.is_empty() {
                 break;
             }
@@ -128,33 +126,22 @@ impl Runtime {
 
     /// Sends what authorities are to be sent. Only from a callback of a root.
     pub fn attend(&mut self, host: &dyn Host) {
-        for authority in self.backends.authorities() {
-            authority.flush(host);
-        }
-        for etcd in self.backends.etcds() {
-            etcd.flush(host);
-        }
+        self.backends.remotes().for_each(|remote| remote.flush(host));
         self.wake(host);
     }
 
     /// Has a root send what authorities are to be sent, from a callback of a stream.
     pub(super) fn call_root(&mut self, host: &dyn Host) {
-        for authority in self.backends.authorities() {
+        for remote in self.backends.remotes() {
             // The next tick sends it.
-            let _ = authority.call_root(host);
-        }
-        for etcd in self.backends.etcds() {
-            let _ = etcd.call_root(host);
+            let _ = remote.call_root(host);
         }
         self.take_notes(host);
     }
 
     fn take_notes(&mut self, host: &dyn Host) {
-        for authority in self.backends.authorities() {
-            report::called(host, &self.active, &authority.take_notes());
-        }
-        for etcd in self.backends.etcds() {
-            report::called(host, &self.active, &etcd.take_notes());
+        for remote in self.backends.remotes() {
+            report::called(host, &self.active, &remote.take_notes());
         }
     }
 
@@ -206,12 +193,7 @@ impl Runtime {
         for purpose in Purpose::ALL {
             self.beat(host, purpose);
         }
-        for authority in self.backends.authorities() {
-            authority.tick(host);
-        }
-        for etcd in self.backends.etcds() {
-            etcd.tick(host);
-        }
+        self.backends.remotes().for_each(|remote| remote.tick(host));
         self.attend(host);
         let now = host.now();
         for purpose in Purpose::ALL {
@@ -241,14 +223,9 @@ impl Runtime {
             self.listen(host, purpose);
         }
         let active = Rc::clone(&self.active);
-        for authority in self.backends.authorities() {
+        for remote in self.backends.remotes() {
             // One that is called needs a root that is there.
-            if let Err(error) = authority.listen(host) {
-                report::trouble(host, &active, &error);
-            }
-        }
-        for etcd in self.backends.etcds() {
-            if let Err(error) = etcd.listen(host) {
+            if let Err(error) = remote.listen(host) {
                 report::trouble(host, &active, &error);
             }
         }

@@ -23,11 +23,11 @@ use std::sync::Arc;
 use interlock_core::lease::{Ask, CallId, Client, Do, Ticket};
 use interlock_core::{Cause, Duration, Grant, LeaseId, LockName, Loss, OwnerId, Time, Want, bug};
 
-use super::remote::{Lease, Notes, RootCall, Waiting};
+use super::remote::{Lease, Notes, Remote, RootCall, Waiting};
 use super::{Outcome, Purpose};
 use crate::answer::Reject;
 use crate::api::told::{Asked as AskedLock, Granted};
-use crate::host::{CallToken, ContextId, Host, HostError, QueueId};
+use crate::host::{CallToken, ContextId, Host, HostError};
 use crate::policy::Authority as At;
 use floors::Floors;
 
@@ -304,72 +304,6 @@ impl Authority {
         self.sent.contains_key(&token)
     }
 
-    /// Does what it is time for; then see [`Authority::flush`].
-    pub fn tick(&mut self, host: &dyn Host) {
-        let now = host.now();
-        while let Some((_, token)) = self.due.first().copied().filter(|(due, _)| *due <= now) {
-            self.notes.failures.push("no-answer");
-            self.give_up(now, token);
-        }
-        if self.client_due <= now {
-            self.client.tick(now);
-            self.client_due = self.client.due();
-        }
-        self.note();
-        if self.warm_at <= now {
-            self.warm_at = now + WARM;
-            let timeout = self.at.timeout;
-            // Nobody waits for it, so nobody needs to know if it fails.
-            let _ = self.call(host, now, ("GET", "health"), &[], timeout, What::Warm);
-        }
-    }
-
-    /// When [`Authority::tick`] has something to do.
-    pub fn next_due(&self) -> Time {
-        let answer = self.due.first().map_or(Time::NEVER, |(due, _)| *due);
-        answer.min(self.client_due).min(self.warm_at)
-    }
-
-    /// Sends what is to be sent, from a callback of a root.
-    pub fn flush(&mut self, host: &dyn Host) {
-        self.root.came();
-        while let Some(next) = self.outbox.pop_front() {
-            self.send(host, next, None);
-            self.note();
-        }
-    }
-
-    /// Has a root send what is to be sent, from a callback of a stream.
-    ///
-    /// # Errors
-    /// Those of the host. The next tick sends it.
-    pub fn call_root(&mut self, host: &dyn Host) -> Result<(), HostError> {
-        if self.outbox.is_empty() || bug!(RootNotCalled) { Ok(()) } else { self.root.call(host) }
-    }
-
-    /// Makes the root whose callback runs the one that is called.
-    ///
-    /// # Errors
-    /// Those of the host.
-    pub fn listen(&mut self, host: &dyn Host) -> Result<(), HostError> {
-        self.root.listen(host).map(drop)
-    }
-
-    /// Whether a root is called by this queue; empties it then.
-    pub fn heard(&self, host: &dyn Host, queue: QueueId) -> bool {
-        self.root.heard(host, queue)
-    }
-
-    /// The streams of which something was decided since this was last asked.
-    pub fn woken(&mut self) -> Vec<ContextId> {
-        core::mem::take(&mut self.woken)
-    }
-
-    /// What happened since this was last asked.
-    pub fn take_notes(&mut self) -> Notes {
-        core::mem::take(&mut self.notes)
-    }
-
     /// Takes over what the client wants done.
     fn note(&mut self) {
         for next in self.client.take() {
@@ -394,5 +328,55 @@ impl Authority {
         let sent = self.sent.remove(&token)?;
         self.due.remove(&(sent.due, token));
         Some(sent)
+    }
+}
+
+impl Remote for Authority {
+    fn root_call(&mut self) -> &mut RootCall {
+        &mut self.root
+    }
+
+    fn has_to_send(&self) -> bool {
+        !self.outbox.is_empty() && !bug!(RootNotCalled)
+    }
+
+    fn tick(&mut self, host: &dyn Host) {
+        let now = host.now();
+        while let Some((_, token)) = self.due.first().copied().filter(|(due, _)| *due <= now) {
+            self.notes.failures.push("no-answer");
+            self.give_up(now, token);
+        }
+        if self.client_due <= now {
+            self.client.tick(now);
+            self.client_due = self.client.due();
+        }
+        self.note();
+        if self.warm_at <= now {
+            self.warm_at = now + WARM;
+            let timeout = self.at.timeout;
+            // Nobody waits for it, so nobody needs to know if it fails.
+            let _ = self.call(host, now, ("GET", "health"), &[], timeout, What::Warm);
+        }
+    }
+
+    fn next_due(&self) -> Time {
+        let answer = self.due.first().map_or(Time::NEVER, |(due, _)| *due);
+        answer.min(self.client_due).min(self.warm_at)
+    }
+
+    fn flush(&mut self, host: &dyn Host) {
+        self.root.came();
+        while let Some(next) = self.outbox.pop_front() {
+            self.send(host, next, None);
+            self.note();
+        }
+    }
+
+    fn woken(&mut self) -> Vec<ContextId> {
+        core::mem::take(&mut self.woken)
+    }
+
+    fn take_notes(&mut self) -> Notes {
+        core::mem::take(&mut self.notes)
     }
 }

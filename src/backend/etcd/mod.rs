@@ -34,10 +34,10 @@ use std::sync::Arc;
 
 use interlock_core::{Cause, Duration, Grant, LeaseId, LockName, Loss, OwnerId, Request, Rules, Time, Want};
 
-use super::remote::{Lease, Notes, RootCall, Waiting};
+use super::remote::{Lease, Notes, Remote, RootCall, Waiting};
 use super::{Outcome, Purpose};
 use crate::answer::Reject;
-use crate::host::{CallToken, ContextId, Host, HostError, QueueId};
+use crate::host::{CallToken, ContextId, Host, HostError};
 use crate::policy::Etcd as At;
 use claim::Phase;
 use debts::Debt;
@@ -293,61 +293,6 @@ impl Etcd {
         self.sent.contains_key(&token)
     }
 
-    /// Does what it is time for; then see [`Etcd::flush`].
-    pub fn tick(&mut self, host: &dyn Host) {
-        let now = host.now();
-        while let Some((_, token)) = self.due.first().copied().filter(|(due, _)| *due <= now) {
-            self.give_up(host, now, token);
-        }
-        self.keep_session(host, now);
-        while let Some((_, stream)) = self.timers.first().copied().filter(|(due, _)| *due <= now) {
-            self.set_timer(stream, None);
-            self.look_after(host, now, stream);
-        }
-        self.keep_lines(now);
-        self.pay_debts(now);
-    }
-
-    /// When [`Etcd::tick`] has something to do.
-    pub fn next_due(&self) -> Time {
-        let answer = self.due.first().map_or(Time::NEVER, |(due, _)| *due);
-        let timer = self.timers.first().map_or(Time::NEVER, |(due, _)| *due);
-        let debt = self.debts.values().filter(|debt| debt.open == 0).map(|debt| debt.again_at).min();
-        let streams = self.session.due(&self.at).min(self.watch_due());
-        answer.min(timer).min(streams).min(self.watch.due()).min(debt.unwrap_or(Time::NEVER))
-    }
-
-    /// Has a root send what is to be sent, from a callback of a stream.
-    ///
-    /// # Errors
-    /// Those of the host. The next tick sends it.
-    pub fn call_root(&mut self, host: &dyn Host) -> Result<(), HostError> {
-        if self.outbox.is_empty() { Ok(()) } else { self.root.call(host) }
-    }
-
-    /// Makes the root whose callback runs the one that is called.
-    ///
-    /// # Errors
-    /// Those of the host.
-    pub fn listen(&mut self, host: &dyn Host) -> Result<(), HostError> {
-        self.root.listen(host).map(drop)
-    }
-
-    /// Whether a root is called by this queue; empties it then.
-    pub fn heard(&self, host: &dyn Host, queue: QueueId) -> bool {
-        self.root.heard(host, queue)
-    }
-
-    /// The streams of which something was decided since this was last asked.
-    pub fn woken(&mut self) -> Vec<ContextId> {
-        core::mem::take(&mut self.woken)
-    }
-
-    /// What happened since this was last asked.
-    pub fn take_notes(&mut self) -> Notes {
-        core::mem::take(&mut self.notes)
-    }
-
     fn note(&mut self, trouble: Trouble) {
         self.notes.failures.push(trouble.reason());
     }
@@ -370,5 +315,49 @@ impl Etcd {
             self.timers.remove(&(before, stream));
         }
         self.timers.extend(timer.filter(|timer| *timer < Time::NEVER).map(|timer| (timer, stream)));
+    }
+}
+
+impl Remote for Etcd {
+    fn root_call(&mut self) -> &mut RootCall {
+        &mut self.root
+    }
+
+    fn has_to_send(&self) -> bool {
+        !self.outbox.is_empty()
+    }
+
+    fn tick(&mut self, host: &dyn Host) {
+        let now = host.now();
+        while let Some((_, token)) = self.due.first().copied().filter(|(due, _)| *due <= now) {
+            self.give_up(host, now, token);
+        }
+        self.keep_session(host, now);
+        while let Some((_, stream)) = self.timers.first().copied().filter(|(due, _)| *due <= now) {
+            self.set_timer(stream, None);
+            self.look_after(host, now, stream);
+        }
+        self.keep_lines(now);
+        self.pay_debts(now);
+    }
+
+    fn next_due(&self) -> Time {
+        let answer = self.due.first().map_or(Time::NEVER, |(due, _)| *due);
+        let timer = self.timers.first().map_or(Time::NEVER, |(due, _)| *due);
+        let debt = self.debts.values().filter(|debt| debt.open == 0).map(|debt| debt.again_at).min();
+        let streams = self.session.due(&self.at).min(self.watch_due());
+        answer.min(timer).min(streams).min(self.watch.due()).min(debt.unwrap_or(Time::NEVER))
+    }
+
+    fn flush(&mut self, host: &dyn Host) {
+        self.send_all(host);
+    }
+
+    fn woken(&mut self) -> Vec<ContextId> {
+        core::mem::take(&mut self.woken)
+    }
+
+    fn take_notes(&mut self) -> Notes {
+        core::mem::take(&mut self.notes)
     }
 }

@@ -155,7 +155,7 @@ impl Etcd {
     }
 
     /// Sends what is to be sent, from a callback of a root: `root`.
-    pub fn flush(&mut self, host: &dyn Host) {
+    pub(super) fn send_all(&mut self, host: &dyn Host) {
         self.root.came();
         self.keep_alive(host);
         while let Some(next) = self.outbox.pop_front() {

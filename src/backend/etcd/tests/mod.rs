@@ -5,6 +5,7 @@ mod store;
 
 use interlock_core::{Duration, Loss};
 
+use crate::backend::remote::Remote;
 use crate::host::Status;
 use crate::policy::Access;
 use stand::Stand;

@@ -9,6 +9,7 @@ use prost::Message;
 
 use super::store::{Failure, Store};
 use crate::backend::etcd::{Etcd, Lease, Waiting, Wish};
+use crate::backend::remote::Remote;
 use crate::backend::{self, Outcome, Purpose};
 use crate::host::fake::{FakeHost, FakeProxy, GrpcAnswer};
 use crate::host::{ContextId, Host, StreamToken};
