@@ -18,8 +18,8 @@ pub struct Ledger {
     /// Grants to those who had waited.
     pub hand_overs: u64,
     pub deadlocks: u64,
-    /// Requests that were cancelled: where the store failed, what they left is taken out later.
-    pub cancelled: BTreeSet<LeaseId>,
+    /// Requests that were cancelled or refused: where the store failed, what they left is taken out later.
+    pub over: BTreeSet<LeaseId>,
     pub expired: Vec<(String, String)>,
     /// Per lock: its fences, with their owner and whether the critical section is over.
     fences: BTreeMap<String, BTreeMap<u64, (OwnerId, bool)>>,
@@ -144,9 +144,9 @@ pub fn all(world: &World) {
     workers(world, &sessions, &queues);
 }
 
-/// Whether the entry is of a request that was cancelled.
+/// Whether the entry is of a request that was cancelled or refused.
 fn is_over(world: &World, entry: &Entry) -> bool {
-    world.ledger.borrow().cancelled.contains(&entry.lease)
+    world.ledger.borrow().over.contains(&entry.lease)
 }
 
 /// No two conflicting valid holders, no more than the permits allow.

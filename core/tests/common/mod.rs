@@ -291,12 +291,12 @@ impl World {
         let request = Request::new(lease, ask.owner.clone(), self.now, ask.wants.clone(), &self.rules.classes);
         let request = request.reentrant(ask.reentrant).asked_by("test");
         let outcome = self.on(at, |table, scene| table.acquire(scene, request));
-        let got = self.settle(at, outcome);
+        let got = self.settle(at, lease, outcome);
         self.end();
         got
     }
 
-    fn settle(&mut self, at: usize, outcome: Outcome) -> Got {
+    fn settle(&mut self, at: usize, lease: LeaseId, outcome: Outcome) -> Got {
         let worker = &mut self.workers[at];
         match outcome {
             Outcome::Granted(lease) => {
@@ -311,6 +311,7 @@ impl World {
                 Got::Waits(id)
             }
             Outcome::Refused(refusal) => {
+                self.ledger.borrow_mut().over.insert(lease);
                 if let Cause::Deadlock { cycle } = &refusal.cause {
                     check::closes(cycle, &refusal);
                     self.ledger.borrow_mut().deadlocks += 1;
@@ -345,7 +346,7 @@ impl World {
         self.begin();
         let at = self.worker_of(lease).expect("nobody knows the lease");
         let pending = self.workers[at].pending.remove(&lease).expect("does not wait");
-        self.ledger.borrow_mut().cancelled.insert(lease);
+        self.ledger.borrow_mut().over.insert(lease);
         self.on(at, |table, scene| table.cancel(scene, pending));
         self.end();
     }
@@ -362,7 +363,7 @@ impl World {
     fn look_after(&mut self, at: usize, lease: LeaseId) {
         let Some(pending) = self.workers[at].pending.remove(&lease) else { return };
         let outcome = self.on(at, |table, scene| table.poll(scene, pending));
-        match self.settle(at, outcome) {
+        match self.settle(at, lease, outcome) {
             Got::Granted(lease) => self.woken.push(lease),
             Got::Waits(_) => {}
             Got::Refused(refusal) => self.refused.push((lease, refusal)),
