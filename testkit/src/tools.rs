@@ -317,6 +317,14 @@ fn bring(name: &str, file: &str, make: impl FnOnce(&Path) -> Result<()>) -> Resu
 /// Installs a Debian package where that can work: as root, with apt-get. Says so, and whether it did.
 pub fn apt_install(package: &str) -> bool {
     let Some(apt) = on_path("apt-get").filter(|_| nix::unistd::geteuid().is_root()) else { return false };
+    // One at a time: apt-get does not wait for another of its kind. Who came second finds the package installed.
+    let lock = cache_dir().and_then(|cache| {
+        fs::create_dir_all(&cache)?;
+        let lock = File::create(cache.join("apt.lock"))?;
+        lock.lock()?;
+        Ok(lock)
+    });
+    let Ok(_lock) = lock.inspect_err(|error| eprintln!("cannot lock apt-get: {error:#}")) else { return false };
     eprintln!("installing the Debian package {package}");
     let install = || {
         let mut command = Command::new(&apt);

@@ -76,6 +76,17 @@ impl Authority {
         assert_eq!(answer.status, 200, "{}", answer.text());
         answer.json()["results"][0]["status"].clone()
     }
+
+    /// Waits until one request stands in a queue, and renews these leases meanwhile, as their holder would.
+    async fn until_one_waits_behind(&self, leases: &[&str]) {
+        wait_for_async("one that waits, renewing all the while", DEADLINE, async || {
+            for id in leases {
+                assert_eq!(self.renew(id, &Value::Null).await, "renewed");
+            }
+            self.world.count("interlock_waiting", &[]).await == 1.0
+        })
+        .await;
+    }
 }
 
 fn body(owner: &str, lock: &str) -> Value {
@@ -98,7 +109,7 @@ async fn leases_are_asked_for_waited_for_seen_and_given_back() {
         assert_eq!(lease.status, 201, "{}", lease.text());
         assert_eq!(lease.json()["locks"][0]["name"], "order/1");
         let waiter = authority.put(&Client::http1_fresh(), &second, &body("two", "order/1")).spawn();
-        authority.world.until_waiting(1).await;
+        authority.until_one_waits_behind(&[&first]).await;
         let graph = authority.call(Method::GET, "graph").header("accept", "text/vnd.graphviz").send().await.unwrap();
         assert!(graph.text().contains("\"two\" -> \"one\" [label=\"order/1\"];"), "{}", graph.text());
         let lock = authority.call(Method::GET, "locks/order/1").send().await.unwrap().json();
@@ -106,10 +117,9 @@ async fn leases_are_asked_for_waited_for_seen_and_given_back() {
         assert_eq!(authority.delete(&first).await, "released");
         let lease = waiter.answer().await.unwrap();
         assert_eq!(lease.status, 201, "{}", lease.text());
-        assert_eq!(authority.renew(&second, &Value::Null).await, "renewed");
         // A parked request of the proxy's own waits for a lease as for anything.
         let upstream = authority.world.ask(3, "/served", "order/1").spawn();
-        authority.world.until_waiting(1).await;
+        authority.until_one_waits_behind(&[&second]).await;
         assert_eq!(authority.delete(&second).await, "released");
         assert_eq!(upstream.answer().await.unwrap().status, 200);
     }
@@ -125,10 +135,7 @@ async fn who_leaves_while_parked_waits_no_more_and_a_cycle_is_refused() {
     assert_eq!(authority.put(&client, "lease-one-of-test", &long("one", "order/1")).send().await.unwrap().status, 201);
     assert_eq!(authority.put(&client, "lease-two-of-test", &long("two", "order/2")).send().await.unwrap().status, 201);
     let waiter = authority.put(&Client::http1_fresh(), "lease-three-of-test", &long("one", "order/2")).spawn();
-    authority.world.until_waiting(1).await;
-    for id in ["lease-one-of-test", "lease-two-of-test"] {
-        assert_eq!(authority.renew(id, &Value::Null).await, "renewed");
-    }
+    authority.until_one_waits_behind(&["lease-one-of-test", "lease-two-of-test"]).await;
     let refused = authority.put(&client, "lease-four-of-test", &long("two", "order/1")).send().await.unwrap();
     assert_eq!((refused.status, slug(&refused).as_str()), (409, "deadlock"), "{}", refused.text());
     let told = authority.call(Method::GET, "deadlocks").send().await.unwrap().json();
