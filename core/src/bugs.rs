@@ -145,6 +145,8 @@ bugs! {
     DeadlineIgnored,
     /// A waiter looks for itself at its deadline only, not when a lease in its way ends.
     NoTimerForLeaseEnd,
+    /// A waiter whom heartbeats spare its look does not look again either where searches may have missed edges.
+    DoubtPutOff,
     /// A lock that was lost while its request waited for the next is handed out all the same.
     EarlierLossIgnored,
     /// A lease that has ended is renewed as long as nobody took its lock.

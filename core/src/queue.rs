@@ -108,6 +108,22 @@ impl Entry {
         }
     }
 
+    /// When it ends at the latest, whoever beats: a grant at its hold limit, a waiter at its deadline.
+    pub(crate) fn limit(&self) -> Time {
+        match self.state {
+            State::Held { until, .. } => until,
+            State::Waiting { since, deadline, .. } => deadline.max(since),
+        }
+    }
+
+    /// The session whose heartbeats keep it, and how long after the last one it ends; none if it ends when it does, whoever
+    /// beats.
+    pub(crate) fn hangs_on(&self) -> Option<(SessionId, Duration)> {
+        let alone = self.session == SessionId::NONE || (self.is_held() && self.detached);
+        let patience = if self.is_held() { self.ttl } else { DEAD_AFTER };
+        (!alone).then_some((self.session, patience))
+    }
+
     /// Makes sure, for the worker `me` whose entry it is, that it stands as that worker sees it. True if that changed it.
     ///
     /// A grant that nothing but the heartbeat keeps alive any more is renewed: somebody else may have read the heartbeats

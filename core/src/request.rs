@@ -7,9 +7,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::class::Classes;
 use crate::fence::Fence;
-use crate::id::{LeaseId, OwnerId};
+use crate::id::{LeaseId, OwnerId, SessionId};
 use crate::mode::Mode;
 use crate::name::LockName;
+use crate::queue::Entry;
+use crate::session::Sessions;
 use crate::time::{Duration, Time};
 
 /// One lock that a request asks for.
@@ -213,8 +215,59 @@ impl Claim {
 #[must_use = "a request that waits must be polled or cancelled, or it stands in its queue until its deadline"]
 pub struct Pending {
     pub(crate) claim: Claim,
-    pub(crate) poll_at: Time,
+    pub(crate) watch: Watch,
+    pub(crate) looked: Time,
     pub(crate) deadline: Time,
+}
+
+/// What a waiter watches: the ends of those in its queue, its own and its deadline.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    /// The first of these ends, if nothing is heard of anybody any more.
+    first: Time,
+    /// The first that no heartbeat puts off.
+    fixed: Time,
+    /// The sessions that others hang on, and how long after its last heartbeat the first of each ends.
+    beats: Vec<(SessionId, Duration)>,
+}
+
+impl Default for Watch {
+    fn default() -> Self {
+        Self::until(Time::NEVER)
+    }
+}
+
+impl Watch {
+    /// Watches nothing but the clock.
+    pub(crate) fn until(end: Time) -> Self {
+        Watch { first: end, fixed: end, beats: Vec::new() }
+    }
+
+    /// Watches until that moment and no longer.
+    pub(crate) fn no_later_than(&mut self, end: Time) {
+        self.first = self.first.min(end);
+        self.fixed = self.fixed.min(end);
+    }
+
+    /// Watches an entry of the queue.
+    pub(crate) fn add(&mut self, entry: &Entry, sessions: &Sessions) {
+        let end = entry.ends(sessions);
+        let Some((session, patience)) = entry.hangs_on() else { return self.no_later_than(end) };
+        self.first = self.first.min(end);
+        self.fixed = self.fixed.min(entry.limit());
+        match self.beats.iter_mut().find(|(known, _)| *known == session) {
+            Some((_, least)) => *least = patience.min(*least),
+            None => self.beats.push((session, patience)),
+        }
+    }
+
+    /// The first end by these heartbeats: that of a session which is not among them has come.
+    pub(crate) fn ends(&self, sessions: &Sessions) -> Time {
+        let end = |(id, patience): &(SessionId, Duration)| {
+            sessions.member(*id).map_or(Time::ZERO, |member| member.beat + *patience)
+        };
+        self.beats.iter().map(end).fold(self.fixed, Time::min)
+    }
 }
 
 impl Pending {
@@ -236,7 +289,12 @@ impl Pending {
     /// When to poll it at the latest, even if nothing wakes it: its deadline, or the moment at which the first lease
     /// in its way would end unrenewed.
     pub fn poll_at(&self) -> Time {
-        self.poll_at
+        self.watch.first
+    }
+
+    /// When it was polled last, or came to stand in the queue.
+    pub fn looked_at(&self) -> Time {
+        self.looked
     }
 
     /// When its wait ends.

@@ -27,6 +27,7 @@ pub trait Backend: Sized {
     fn new_lease(&mut self, port: &Port<'_>) -> Result<LeaseId, StoreError>;
     fn acquire(&mut self, port: &Port<'_>, rules: &Rules, request: Request) -> Outcome;
     fn poll(&mut self, port: &Port<'_>, rules: &Rules, pending: Pending) -> Outcome;
+    fn poll_at(&self, pending: &Pending) -> Time;
     fn cancel(&mut self, port: &Port<'_>, rules: &Rules, pending: Pending);
     fn release(&mut self, port: &Port<'_>, rules: &Rules, lease: Lease) -> Vec<Grant>;
     fn check(&mut self, port: &Port<'_>, rules: &Rules, lease: &Lease) -> Result<Option<(LockName, Loss)>, StoreError>;
@@ -70,6 +71,10 @@ impl Backend for Local {
 
     fn poll(&mut self, port: &Port<'_>, rules: &Rules, pending: Pending) -> Outcome {
         Local::poll(self, port, rules, pending)
+    }
+
+    fn poll_at(&self, pending: &Pending) -> Time {
+        Local::poll_at(self, pending)
     }
 
     fn cancel(&mut self, port: &Port<'_>, rules: &Rules, pending: Pending) {
@@ -196,6 +201,10 @@ impl Backend for Bare {
 
     fn poll(&mut self, port: &Port<'_>, rules: &Rules, pending: Pending) -> Outcome {
         scene(port, rules, |scene| self.table.poll(scene, pending))
+    }
+
+    fn poll_at(&self, pending: &Pending) -> Time {
+        self.table.poll_at(pending)
     }
 
     fn cancel(&mut self, port: &Port<'_>, rules: &Rules, pending: Pending) {

@@ -278,7 +278,9 @@ impl<B: Backend> Driver<B> {
         let due = |(lease, due): (&LeaseId, Time)| (due <= now).then_some(*lease);
         let waiters = self.waiters.iter().filter_map(|(lease, (_, at))| due((lease, *at)));
         for lease in waiters.collect::<Vec<_>>() {
-            self.look_after(port, lease);
+            if !self.has_respite(lease, now) {
+                self.look_after(port, lease);
+            }
         }
         let leases = self.leases.iter().filter_map(|(lease, (_, at))| due((lease, *at)));
         for lease in leases.collect::<Vec<_>>() {
@@ -288,6 +290,15 @@ impl<B: Backend> Driver<B> {
             self.housekept = now;
             self.keep_house(port);
         }
+    }
+
+    /// Whether a waiter need not be looked after yet, because the heartbeats that it awaited have come.
+    fn has_respite(&mut self, lease: LeaseId, now: Time) -> bool {
+        let Some(((pending, due), backend)) = self.waiters.get_mut(&lease).zip(self.backend.as_ref()) else {
+            return false;
+        };
+        *due = backend.poll_at(pending).min(pending.looked_at() + BACKSTOP);
+        *due > now
     }
 
     /// A lease at its hold limit ends; one that lives by renewals is renewed.

@@ -266,6 +266,11 @@ impl Local {
         with_scene(host, &self.space, rules, |scene| self.table.poll(scene, pending))
     }
 
+    /// See [`Table::poll_at`].
+    pub fn poll_at(&self, pending: &Pending) -> Time {
+        self.table.poll_at(pending)
+    }
+
     /// See [`Table::cancel`].
     pub fn cancel(&mut self, host: &dyn Host, rules: &Rules, pending: Pending) {
         with_scene(host, &self.space, rules, |scene| self.table.cancel(scene, pending));

@@ -54,7 +54,7 @@ impl From<interlock_core::Outcome> for Outcome {
     fn from(outcome: interlock_core::Outcome) -> Self {
         match outcome {
             interlock_core::Outcome::Granted(lease) => Outcome::Granted(Lease::Local(lease)),
-            interlock_core::Outcome::Waiting(pending) => Outcome::Waiting(Waiting::Local(pending)),
+            interlock_core::Outcome::Waiting(pending) => Outcome::Waiting(Waiting::Local(Box::new(pending))),
             interlock_core::Outcome::Refused(refusal) => Outcome::Refused(Box::new(Reject::Core(refusal))),
         }
     }
@@ -65,7 +65,7 @@ impl From<interlock_core::Outcome> for Outcome {
 #[must_use = "a request that waits must be polled or cancelled"]
 pub enum Waiting {
     /// In the queue of a lock.
-    Local(interlock_core::Pending),
+    Local(Box<interlock_core::Pending>),
     /// For an answer.
     Authority(remote::Waiting),
     /// For its turn in etcd.
@@ -282,7 +282,7 @@ impl Backends {
     pub fn poll(&mut self, host: &dyn Host, purpose: Purpose, rules: &Rules, waiting: Waiting) -> Outcome {
         match waiting {
             Waiting::Local(pending) => match self.local(purpose) {
-                Some(local) => local.poll(host, rules, pending).into(),
+                Some(local) => local.poll(host, rules, *pending).into(),
                 None => Outcome::Waiting(Waiting::Local(pending)),
             },
             Waiting::Authority(waiting) => match self.authority_of(waiting.client()) {
@@ -301,7 +301,7 @@ impl Backends {
         match waiting {
             Waiting::Local(pending) => {
                 if let Some(local) = self.local(purpose) {
-                    local.cancel(host, rules, pending);
+                    local.cancel(host, rules, *pending);
                 }
             }
             Waiting::Authority(waiting) => {

@@ -493,9 +493,32 @@ impl Runtime {
     /// When a waiter is looked after that need not be before `poll_at`. Never at once: a look that changes nothing must not be
     /// followed by the next without end.
     fn next_look(&self, poll_at: Time, now: Time) -> Time {
+        poll_at.min(now + self.backstop()).max(now + Duration::from_millis(1))
+    }
+
+    /// How long a waiter goes without a look.
+    fn backstop(&self) -> Duration {
         let crowd = u32::try_from(self.leases.len() + self.calls.len()).unwrap_or(u32::MAX);
-        let backstop = EACH_LOOK.saturating_mul(crowd).clamp(BACKSTOP, LONGEST_BACKSTOP);
-        poll_at.min(now + backstop).max(now + Duration::from_millis(1))
+        EACH_LOOK.saturating_mul(crowd).clamp(BACKSTOP, LONGEST_BACKSTOP)
+    }
+
+    /// Until when a waiter whose timer is due need not be looked after, because the heartbeats that it awaited have come.
+    fn respite(&mut self, id: ContextId, now: Time) -> Option<Time> {
+        let backstop = self.backstop();
+        let stream = self.streams.get(&id)?;
+        let State::Waiting(Waiting::Local(pending)) = &stream.state else { return None };
+        let local = self.backends.local(stream.case.purpose())?;
+        let due = local.poll_at(pending).min(pending.looked_at() + backstop);
+        (due > now).then_some(due)
+    }
+
+    /// Sets a stream's timer anew.
+    fn retime(&mut self, id: ContextId, due: Time) {
+        let Some(stream) = self.streams.get_mut(&id) else { return };
+        if let Some(timer) = stream.timer.replace(due) {
+            self.timers.remove(&(timer, id));
+        }
+        self.timers.insert((due, id));
     }
 
     /// Puts a stream in, with the timer that its state asks for.

@@ -202,7 +202,10 @@ impl Runtime {
             }
         }
         while let Some((_, id)) = self.timers.first().copied().filter(|(due, _)| *due <= now) {
-            self.look_after(host, id);
+            match self.respite(id, now) {
+                Some(due) => self.retime(id, due),
+                None => self.look_after(host, id),
+            }
             if host.now() >= now + SLICE {
                 break;
             }

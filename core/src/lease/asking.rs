@@ -6,7 +6,7 @@ use super::record::{End, LeaseBucket, Standing};
 use crate::id::LeaseId;
 use crate::mode::Mode;
 use crate::refusal::{Cause, Refusal};
-use crate::request::{Claim, Pending, Request};
+use crate::request::{Claim, Pending, Request, Watch};
 use crate::session::BEAT;
 use crate::store::{self, Save, Store, StoreError};
 use crate::table::{Outcome, Scene, Table};
@@ -87,7 +87,7 @@ pub fn poll<S: Store>(table: &mut Table, scene: &Scene<'_, S>, parked: Parked) -
     };
     match standing {
         Some(Standing::Waiting { claim, deadline, .. }) if parked.drives => {
-            let pending = Pending { claim: *claim, poll_at: parked.poll_at, deadline };
+            let pending = Pending { claim: *claim, watch: Watch::until(parked.poll_at), looked: scene.now, deadline };
             let outcome = table.poll(scene, pending);
             settle(table, scene, lease, parked.arrived, outcome)
         }
@@ -184,7 +184,7 @@ fn note<S: Store>(
             }
         }
         Outcome::Waiting(pending) => {
-            let Pending { poll_at, deadline, .. } = pending;
+            let (poll_at, deadline) = (pending.poll_at(), pending.deadline());
             let driver = table.session();
             let next = Standing::Waiting { driver, claim: Box::new(pending.claim.clone()), deadline };
             match change(scene, lease, |known| is_waiting(known).then_some(next.clone())) {

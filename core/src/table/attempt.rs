@@ -5,14 +5,14 @@ use crate::fence::Fence;
 use crate::id::LeaseId;
 use crate::queue::{Entry, Queue, State};
 use crate::refusal::{Holder, Limit};
-use crate::request::{Claim, Want};
+use crate::request::{Claim, Want, Watch};
 use crate::store::{self, LockBucket, Save, Store, StoreError};
 use crate::time::{Duration, Time};
 
 /// What became of one attempt at one lock.
 pub(super) enum Taken {
     Granted { fence: Fence, until: Time, anew: bool, over_waiters: bool },
-    Queued { poll_at: Time, anew: bool },
+    Queued { watch: Watch, anew: bool },
     Busy { holders: Vec<Holder>, retry_after: Duration },
     Full(Limit, u64),
 }
@@ -128,9 +128,11 @@ impl Table {
             }
         }
         // Its own end too: a worker that was away for too long has to look whether it still stands there.
-        let first_end = queue.entries().iter().map(|entry| entry.ends(&self.sessions)).min();
-        let first_end = first_end.filter(|_| !bug!(NoTimerForLeaseEnd));
-        Taken::Queued { poll_at: first_end.unwrap_or(Time::NEVER), anew: !stood }
+        let mut watch = Watch::default();
+        for entry in queue.entries().iter().filter(|_| !bug!(NoTimerForLeaseEnd)) {
+            watch.add(entry, &self.sessions);
+        }
+        Taken::Queued { watch, anew: !stood }
     }
 
     pub(crate) fn entry<S: Store>(&self, scene: &Scene<'_, S>, claim: &Claim, want: &Want) -> Entry {

@@ -172,6 +172,15 @@ impl Table {
         ttl.map_or(Time::NEVER, |ttl| scene.now + ttl / 3)
     }
 
+    /// When to poll a request that waits, by what is known of the sessions now: [`Pending::poll_at`], or later where only
+    /// heartbeats were awaited and they have come since. Asks the store nothing, so that a crowd of waiters costs little
+    /// while nothing happens to it. Who enters a queue ahead of others later on is not heeded: see to it that a waiter
+    /// is polled now and then all the same.
+    pub fn poll_at(&self, pending: &Pending) -> Time {
+        let doubted = pending.claim.searched <= self.sessions.doubted() && !bug!(DoubtPutOff);
+        if doubted { pending.poll_at() } else { pending.watch.ends(&self.sessions).max(pending.poll_at()) }
+    }
+
     /// Ends a request that waits: whoever asked has gone.
     pub fn cancel<S: Store>(&mut self, scene: &Scene<'_, S>, pending: Pending) {
         self.fresh = false;
@@ -227,7 +236,7 @@ impl Table {
                         let _ = self.tidy_lock(scene, &want.name, None);
                     }
                 }
-                Taken::Queued { poll_at, anew } => {
+                Taken::Queued { mut watch, anew } => {
                     // Not before it stands there: what stands nowhere may be tidied out of the index, if its worker looks dead.
                     let mut others = Vec::new();
                     if anew {
@@ -258,8 +267,8 @@ impl Table {
                         let _ = self.mark(scene, &claim, &late);
                     }
                     self.load.waiters += 1;
-                    let poll_at = poll_at.min(deadline).min(self.renew_at(scene, &claim));
-                    return Outcome::Waiting(Pending { claim, poll_at, deadline });
+                    watch.no_later_than(deadline.min(self.renew_at(scene, &claim)));
+                    return Outcome::Waiting(Pending { claim, watch, looked: scene.now, deadline });
                 }
                 Taken::Busy { holders, retry_after } if want.wait.is_zero() => {
                     return self.refuse(scene, claim, Cause::Held { holders, retry_after });

@@ -165,3 +165,54 @@ fn who_does_not_wait_is_never_told_of_a_deadlock() {
     }
     assert!(tries > 0, "the moment was never met");
 }
+
+/// A worker of two with a waiter behind the other's lease, and what both would do next without the other's heartbeats.
+fn waits_for_another() -> (World, interlock_core::LeaseId) {
+    let mut w = World::new(2);
+    w.ask(1, &ask("a").lock("l/1", X).ttl(ms(2000))).granted();
+    let waits = w.ask(0, &ask("b").lock("l/1", X).wait(ms(9000))).waits();
+    w.checks = false;
+    (w, waits)
+}
+
+#[test]
+fn heartbeats_that_come_spare_a_waiter_its_look() {
+    let (mut w, waits) = waits_for_another();
+    let began = w.now;
+    let at = |w: &World| {
+        let pending = &w.workers[0].pending[&waits];
+        (pending.poll_at(), w.workers[0].table.poll_at(pending))
+    };
+    let (first, sooner) = at(&w);
+    assert!(first <= began + DEAD_AFTER && sooner >= first);
+    // Each beats: for its own end it need not look, nor for that of the lease in its way.
+    w.now = w.now + ms(1000);
+    w.beat(1);
+    w.beat(0);
+    assert_eq!(at(&w), (first, w.now + DEAD_AFTER));
+    // The other falls silent: its lease ends by its TTL, which no beat of this one's puts off.
+    let silent = w.now;
+    for _ in 0..3 {
+        w.now = w.now + ms(600);
+        w.beat(0);
+    }
+    assert_eq!(at(&w), (first, silent + ms(2000)));
+}
+
+#[test]
+fn a_deadline_and_a_doubt_are_not_put_off_by_heartbeats() {
+    let (mut w, waits) = waits_for_another();
+    let deadline = w.workers[0].pending[&waits].deadline();
+    for _ in 0..8 {
+        w.now = w.now + ms(1000);
+        w.beat(0);
+        w.beat(1);
+    }
+    assert_eq!(w.workers[0].table.poll_at(&w.workers[0].pending[&waits]), deadline);
+    // The other was silent for so long that searches may have left it out: everybody has to search again.
+    w.now = w.now + DEAD_AFTER;
+    w.beat(1);
+    w.beat(0);
+    let pending = &w.workers[0].pending[&waits];
+    assert_eq!(w.workers[0].table.poll_at(pending), pending.poll_at());
+}
