@@ -209,6 +209,19 @@ impl EnvoyConfig {
         self.cluster(UPSTREAM, address).patch_routes(|routes| *routes = vec![Route::prefix("/").named("all").0.clone()])
     }
 
+    /// Points the cluster `name`, which must be there, at all of these addresses.
+    ///
+    /// # Panics
+    /// When there is no such cluster.
+    pub fn endpoints(mut self, name: &str, addresses: &[SocketAddr]) -> Self {
+        let all: Vec<_> =
+            addresses.iter().map(|at| json!({ "endpoint": { "address": socket_address(*at) } })).collect();
+        let clusters = array(&mut self.bootstrap["static_resources"]["clusters"]);
+        let cluster = clusters.iter_mut().find(|c| c["name"] == name).unwrap_or_else(|| panic!("no cluster {name}"));
+        cluster["load_assignment"]["endpoints"] = json!([{ "lb_endpoints": all }]);
+        self
+    }
+
     /// Points the cluster `name` at `address`; makes it where there is none. A made one speaks to the upstream the
     /// protocol that the client speaks.
     pub fn cluster(mut self, name: &str, address: SocketAddr) -> Self {

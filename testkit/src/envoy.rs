@@ -339,7 +339,7 @@ impl Envoy {
 
     /// Stops the process where it stands (SIGSTOP): nothing runs in it any more, and all its connections stay open.
     pub fn freeze(&mut self) -> Result<()> {
-        process::signal(&mut self.child, Signal::SIGSTOP).context("cannot stop Envoy")
+        process::freeze(&mut self.child).context("cannot stop Envoy")
     }
 
     /// Lets a frozen process go on (SIGCONT).

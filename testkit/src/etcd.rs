@@ -155,6 +155,21 @@ impl Etcd {
         Ok(())
     }
 
+    /// Which member leads, as one that runs says.
+    ///
+    /// # Errors
+    /// None says so.
+    pub async fn leader(&self) -> Result<usize> {
+        for (at, member) in self.members.iter().enumerate().filter(|(_, member)| member.process.is_some()) {
+            let url = format!("http://{}/v3/maintenance/status", member.client);
+            let said = Client::http1_fresh().post(url).body("{}").send().await?.json();
+            if said["leader"].is_string() && said["leader"] == said["header"]["member_id"] {
+                return Ok(at);
+            }
+        }
+        bail!("no member leads");
+    }
+
     /// Runs `etcdctl` on the members that run, and gives back what it prints.
     ///
     /// # Errors

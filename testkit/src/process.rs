@@ -10,7 +10,10 @@ use std::sync::{Mutex, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
+
+use crate::DEADLINE;
 
 type Job = (Command, mpsc::Sender<io::Result<Child>>);
 
@@ -61,6 +64,25 @@ pub fn signal(child: &mut Child, signal: Signal) -> io::Result<()> {
     if child.try_wait()?.is_none() {
         let id = i32::try_from(child.id()).map_err(io::Error::other)?;
         kill(Pid::from_raw(id), signal)?;
+    }
+    Ok(())
+}
+
+/// Stops `child` (SIGSTOP), if it has not ended, and waits until nothing runs in it any more: its threads stop one by one,
+/// and some that run on other cores go on for a while.
+pub fn freeze(child: &mut Child) -> io::Result<()> {
+    signal(child, Signal::SIGSTOP)?;
+    let id = Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?);
+    let start = Instant::now();
+    while child.try_wait()?.is_none() {
+        // The parent is told once the last of them has stopped.
+        if let WaitStatus::Stopped(..) = waitpid(id, Some(WaitPidFlag::WUNTRACED | WaitPidFlag::WNOHANG))? {
+            break;
+        }
+        if start.elapsed() > DEADLINE {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "it does not stop"));
+        }
+        std::thread::sleep(Duration::from_millis(1));
     }
     Ok(())
 }

@@ -269,16 +269,9 @@ fn cluster_of(name: &str, address: SocketAddr) -> Value {
 /// The cluster by which a sidecar reaches etcd, as it ships, with these members.
 pub fn etcd_cluster(members: &[SocketAddr]) -> Value {
     let file = tools::root().join("envoy/etcd/sidecar.yaml");
-    let config = EnvoyConfig::from_file(&file).expect("the sidecar's configuration");
+    let config = EnvoyConfig::from_file(&file).expect("the sidecar's configuration").endpoints("etcd", members);
     let clusters = config.bootstrap()["static_resources"]["clusters"].as_array().expect("clusters");
-    let mut cluster = clusters.iter().find(|cluster| cluster["name"] == "etcd").expect("its cluster").clone();
-    let endpoint = |at: &SocketAddr| {
-        let address = json!({ "address": at.ip().to_string(), "port_value": at.port() });
-        json!({ "endpoint": { "address": { "socket_address": address } } })
-    };
-    let endpoints: Vec<_> = members.iter().map(endpoint).collect();
-    cluster["load_assignment"]["endpoints"] = json!([{ "lb_endpoints": endpoints }]);
-    cluster
+    clusters.iter().find(|cluster| cluster["name"] == "etcd").expect("its cluster").clone()
 }
 
 /// A test's own listener, instance and upstream.

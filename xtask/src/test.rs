@@ -67,6 +67,8 @@ enum Stage {
     Demo,
     /// The demo of a mesh, likewise
     Mesh,
+    /// The demo of locks in etcd, likewise
+    Etcd,
 }
 
 pub fn run(args: &TestArgs) -> Result<()> {
@@ -120,6 +122,7 @@ impl Stage {
             }
             Stage::Demo => itself(&["demo", "--no-build"]),
             Stage::Mesh => itself(&["demo", "mesh", "--no-build"]),
+            Stage::Etcd => itself(&["demo", "etcd", "--no-build"]),
         }
     }
 }

@@ -5,7 +5,6 @@ use std::net::SocketAddr;
 use interlock_testkit::{DEADLINE, Envoy, EnvoyConfig, Etcd, Upstream, tools, wait_for_async};
 use serde_json::{Value, json};
 
-use crate::common::etcd_cluster;
 use crate::sidecar::Sidecar;
 
 /// All of it.
@@ -34,11 +33,7 @@ pub fn config(policy: Value, members: &[SocketAddr]) -> EnvoyConfig {
     let file = tools::root().join("envoy/etcd/sidecar.yaml");
     let config = EnvoyConfig::from_file(&file).unwrap().policy(policy);
     // Requests are held at the upstream for as long as a test needs it.
-    config.patch_routes(|routes| routes[0]["route"]["timeout"] = json!("0s")).patch(|bootstrap| {
-        let clusters = bootstrap["static_resources"]["clusters"].as_array_mut().unwrap();
-        let etcd = clusters.iter_mut().find(|cluster| cluster["name"] == "etcd").unwrap();
-        *etcd = etcd_cluster(members);
-    })
+    config.patch_routes(|routes| routes[0]["route"]["timeout"] = json!("0s")).endpoints("etcd", members)
 }
 
 impl Stand {

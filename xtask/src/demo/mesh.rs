@@ -1,10 +1,9 @@
 //! `cargo xtask demo mesh`: four services with a sidecar each and an authority, from the bootstraps in envoy/mesh, in three acts
 //! with checks of their own. What is shown is what happened: nothing here knows how an act will end.
 //!
-//! [`stage`] is what runs, [`services`] the services behind the sidecars, [`acts`] who asks them for what.
+//! [`stage`] is what runs, [`acts`] who asks the services behind the sidecars for what.
 
 mod acts;
-mod services;
 mod stage;
 
 use anyhow::{Context, Result, bail};

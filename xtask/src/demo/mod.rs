@@ -3,8 +3,11 @@
 
 mod bank;
 mod cast;
+mod clients;
+mod etcd;
 mod mesh;
 mod screen;
+mod services;
 mod tally;
 
 use std::time::Duration;
@@ -71,6 +74,12 @@ enum Scene {
         #[arg(long)]
         no_build: bool,
     },
+    /// Two services with a sidecar each, and their locks in an etcd of three members: a deadlock, and members that are killed
+    Etcd {
+        /// Use the plugin that is there instead of building it
+        #[arg(long)]
+        no_build: bool,
+    },
 }
 
 /// Builds the plugin and plays the three acts.
@@ -79,7 +88,7 @@ enum Scene {
 /// When something could not be built or started, or an act did not go as it must.
 pub fn run(args: DemoArgs) -> Result<()> {
     let no_build = match args.scene {
-        Some(Scene::Mesh { no_build }) => no_build,
+        Some(Scene::Mesh { no_build } | Scene::Etcd { no_build }) => no_build,
         None => args.no_build,
     };
     if !no_build && std::env::var_os("INTERLOCK_WASM").is_none() {
@@ -89,6 +98,7 @@ pub fn run(args: DemoArgs) -> Result<()> {
     println!("Envoy: {}", tools::envoy()?.display());
     match args.scene {
         Some(Scene::Mesh { .. }) => mesh::play(),
+        Some(Scene::Etcd { .. }) => etcd::play(),
         None => play(usize::from(args.rounds)),
     }
 }

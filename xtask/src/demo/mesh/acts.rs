@@ -3,13 +3,12 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use bank::client::trace_id;
-use interlock_testkit::client::{Ask, Pending};
-use interlock_testkit::{Answer, Client};
+use interlock_testkit::client::Pending;
 
-use super::services::{News, What};
-use super::stage::{MAX_TTL, PATIENCE, Stage};
+use super::stage::{MAX_TTL, Stage};
+use crate::demo::clients::{Clients, Transaction, slug, tell, told, until};
 use crate::demo::screen::{GREEN, RED, Screen, YELLOW};
+use crate::demo::services::{News, What};
 use crate::soak::answer;
 
 /// How soon a deadlock is to be refused. It takes milliseconds; the rest is for machines with other things to do.
@@ -17,48 +16,6 @@ const SOON: Duration = Duration::from_secs(1);
 /// What is done beside a killed authority's restart, and how many do it at a time.
 const LOAD: Duration = Duration::from_secs(3);
 const CLIENTS: usize = 8;
-/// Who is turned away tries again after so long.
-const PAUSE: Duration = Duration::from_millis(100);
-
-/// One transaction: a name for people, and the trace that makes all its requests one owner.
-struct Transaction {
-    name: String,
-    trace: String,
-}
-
-impl Transaction {
-    fn new(name: impl Into<String>) -> Self {
-        Transaction { name: name.into(), trace: trace_id() }
-    }
-
-    fn post(&self, stage: &Stage, service: &str, path: &str) -> Ask {
-        let ask = Client::http1_fresh().post(stage.url(service, path)).timeout(PATIENCE);
-        ask.header("traceparent", format!("00-{}-00000000000000aa-01", self.trace))
-            .header("x-sent", stage.services.now())
-    }
-}
-
-/// Waits until something is told that `wanted` recognizes; shows all that is told meanwhile.
-async fn until(stage: &mut Stage, show: impl Fn(&News), wanted: impl Fn(&News) -> bool) -> Result<News> {
-    loop {
-        let news = tokio::time::timeout(PATIENCE, stage.news.recv()).await.context("nothing happens any more")?;
-        let news = news.context("nobody is left")?;
-        show(&news);
-        if wanted(&news) {
-            return Ok(news);
-        }
-    }
-}
-
-fn slug(answer: &Answer) -> String {
-    let problem = serde_json::from_slice::<serde_json::Value>(&answer.body).unwrap_or_default();
-    problem["type"].as_str().unwrap_or_default().replace("urn:interlock:problem:", "")
-}
-
-/// An answer in a few words.
-fn told(answer: &Answer) -> String {
-    format!("{} {}", answer.status, slug(answer)).trim_end().to_owned()
-}
 
 /// Act 1: four transactions, each of which holds what the one before it wants.
 pub async fn cycle(screen: &Screen, stage: &mut Stage) -> Result<Vec<String>> {
@@ -78,7 +35,7 @@ pub async fn cycle(screen: &Screen, stage: &mut Stage) -> Result<Vec<String>> {
     let all = (1..=4).map(|n| Transaction::new(format!("T{n}"))).collect::<Vec<_>>();
     let start = Instant::now();
     let ask = |(t, (service, path, next)): (&Transaction, &(&str, &str, &str))| {
-        t.post(stage, service, path).header("x-meet", "").header("x-next", next).spawn()
+        t.post(&stage.services, stage.url(service, path)).header("x-meet", "").header("x-next", next).spawn()
     };
     let pending = all.iter().zip(&plan).map(ask).collect::<Vec<Pending>>();
     let who = |trace: &str| all.iter().find(|t| t.trace == trace).map_or_else(|| trace.to_owned(), |t| t.name.clone());
@@ -87,7 +44,7 @@ pub async fn cycle(screen: &Screen, stage: &mut Stage) -> Result<Vec<String>> {
     let mut failures = Vec::new();
     let mut asked = start;
     let refusal = loop {
-        let news = until(stage, show, |news| !matches!(news.what, What::Came(..))).await?;
+        let news = until(&mut stage.news, show, |news| !matches!(news.what, What::Came(..))).await?;
         match news.what {
             What::Calls(_) => asked = news.at,
             What::Answered { answer: Some(answer), .. } if slug(&answer) == "deadlock" => {
@@ -131,41 +88,11 @@ pub async fn cycle(screen: &Screen, stage: &mut Stage) -> Result<Vec<String>> {
     check(served == 3, "not three of the four completed at the first try");
     let (again, (service, path, next)) =
         all.iter().zip(&plan).find(|(t, _)| t.trace == victim).context("a victim that is nobody")?;
-    let answer = again.post(stage, service, path).header("x-next", next).send().await?;
+    let answer = again.post(&stage.services, stage.url(service, path)).header("x-next", next).send().await?;
     let text = format!("{} at the second try", answer.status);
     screen.event(start.elapsed(), &again.name, GREEN, "completed", &text);
     check(answer.status == 200, "the victim did not complete when it tried again");
     Ok(failures)
-}
-
-/// Shows what a service tells.
-fn tell(screen: &Screen, start: Instant, news: &News, who: &impl Fn(&str) -> String) {
-    let (at, name) = (news.at - start, who(&news.trace));
-    match &news.what {
-        What::Came(call, grants) => {
-            let grants = grants.iter().map(|g| format!("{} under fence {}", g.lock, g.fence)).collect::<Vec<_>>();
-            let text = format!("{} serves {call}, with {}", news.service, grants.join(" and "));
-            screen.event(at, &name, GREEN, "holds", &text);
-        }
-        What::Calls(call) => screen.event(at, &name, YELLOW, "asks", &format!("{} calls {call}", news.service)),
-        What::Answered { call, answer: Some(answer) } => {
-            let colour = if answer.status == 200 { GREEN } else { RED };
-            screen.event(at, &name, colour, "answered", &format!("{call}: {}", told(answer)));
-        }
-        What::Answered { call, answer: None } => screen.event(at, &name, RED, "answered", &format!("{call}: nothing")),
-    }
-}
-
-/// What the clients of act 2 saw.
-#[derive(Default)]
-struct Seen {
-    served: usize,
-    lost: usize,
-    /// Turned away since the authority could not be asked, or did not grant yet.
-    turned_away: usize,
-    failed: Vec<String>,
-    /// When each served request was granted its lock.
-    granted: Vec<Instant>,
 }
 
 /// Act 2: the authority is killed while everybody works.
@@ -182,16 +109,17 @@ pub async fn restart(screen: &Screen, stage: &mut Stage) -> Result<Vec<String>> 
     let before = stage.services.gate().tally;
     let long = Transaction::new("long");
     let holds = LOAD * 2 + MAX_TTL;
-    let long = long.post(stage, "shipping", "/parcels/long").header("x-work", holds.as_millis().to_string()).spawn();
-    let stop = tokio::sync::watch::Sender::new(false);
-    let mut clients = tokio::task::JoinSet::new();
-    for number in 0..CLIENTS {
-        let urls = ["orders /orders", "stock /stock", "payments /accounts", "shipping /parcels"].map(|place| {
-            let (service, path) = place.split_once(' ').unwrap_or_default();
-            stage.url(service, path)
-        });
-        clients.spawn(work(number, urls, std::sync::Arc::clone(&stage.services), stop.subscribe()));
+    let long = long
+        .post(&stage.services, stage.url("shipping", "/parcels/long"))
+        .header("x-work", holds.as_millis().to_string())
+        .spawn();
+    let mut urls = Vec::new();
+    for turn in 0..12 {
+        let (service, path) =
+            [("orders", "/orders"), ("stock", "/stock"), ("payments", "/accounts"), ("shipping", "/parcels")][turn % 4];
+        urls.push(stage.url(service, &format!("{path}/{}", turn % 3)));
     }
+    let clients = Clients::start(CLIENTS, &urls, &stage.services);
     tokio::time::sleep(LOAD).await;
     let killed = Instant::now();
     stage.kill_authority().await?;
@@ -203,16 +131,7 @@ pub async fn restart(screen: &Screen, stage: &mut Stage) -> Result<Vec<String>> 
     stage.until_granting().await?;
     screen.event(start.elapsed(), "authority", GREEN, "grants", "again: what lived has been renewed, or is over");
     tokio::time::sleep(LOAD).await;
-    stop.send_replace(true);
-    let mut seen = Seen::default();
-    while let Some(done) = clients.join_next().await {
-        let one = done?;
-        seen.served += one.served;
-        seen.lost += one.lost;
-        seen.turned_away += one.turned_away;
-        seen.failed.extend(one.failed);
-        seen.granted.extend(one.granted);
-    }
+    let mut seen = clients.stop().await?;
     let long = long.answer().await?;
     // What the services told meanwhile is in the sums.
     while stage.news.try_recv().is_ok() {}
@@ -235,7 +154,7 @@ pub async fn restart(screen: &Screen, stage: &mut Stage) -> Result<Vec<String>> 
         first.saturating_duration_since(back).as_millis()
     );
     println!("   the long transaction, {} s: {}\n", holds.as_secs(), long.status);
-    let mut failures = seen.failed;
+    let mut failures = std::mem::take(&mut seen.failed);
     failures.extend(violations);
     let mut check = |holds: bool, otherwise: String| {
         if !holds {
@@ -243,6 +162,7 @@ pub async fn restart(screen: &Screen, stage: &mut Stage) -> Result<Vec<String>> 
         }
     };
     check(long.status == 200, format!("the long transaction was answered {} {}", long.status, slug(&long)));
+    check(seen.in_vain == 0, format!("{} waited in vain", seen.in_vain));
     check(seen.lost == 0, format!("{} leases were lost", seen.lost));
     check(cut == 0 && stopped == 0, format!("something was granted twice: {cut} overlaps, {stopped} writes stopped"));
     let took = first.saturating_duration_since(back);
@@ -250,40 +170,6 @@ pub async fn restart(screen: &Screen, stage: &mut Stage) -> Result<Vec<String>> 
     let left = stage.locks_left().await?;
     check(left.is_none(), format!("locks are left: {}", left.unwrap_or_default()));
     Ok(failures)
-}
-
-/// A client: one transaction after the other, each at some service.
-async fn work(
-    number: usize,
-    urls: [String; 4],
-    services: std::sync::Arc<super::services::Services>,
-    stop: tokio::sync::watch::Receiver<bool>,
-) -> Seen {
-    let mut seen = Seen::default();
-    let mut turn = number;
-    while !*stop.borrow() {
-        turn += 1;
-        let asked = Instant::now();
-        let ask = Client::http1_fresh().post(format!("{}/{}", urls[turn % 4], turn % 3)).timeout(PATIENCE);
-        let ask = ask.header("traceparent", format!("00-{}-00000000000000aa-01", trace_id()));
-        let answer = ask.header("x-sent", services.now()).header("x-work", "20").send().await;
-        match answer {
-            Ok(answer) if answer.status == 200 => {
-                seen.served += 1;
-                let timing = answer.header("server-timing");
-                let waited = timing.and_then(|timing| timing.split("dur=").nth(1)?.parse::<f64>().ok());
-                seen.granted.push(asked + Duration::from_secs_f64(waited.unwrap_or(0.0) / 1000.0));
-            }
-            Ok(answer) if slug(&answer) == "lease-lost" => seen.lost += 1,
-            Ok(answer) if slug(&answer) == "backend-unavailable" => {
-                seen.turned_away += 1;
-                tokio::time::sleep(PAUSE).await;
-            }
-            Ok(answer) => seen.failed.push(format!("{} {}", answer.status, answer.text())),
-            Err(error) => seen.failed.push(format!("{error:#}")),
-        }
-    }
-    seen
 }
 
 /// Act 3: a writer that slept past the end of its lease.
@@ -301,9 +187,13 @@ pub async fn stale(screen: &Screen, stage: &mut Stage) -> Result<Vec<String>> {
     let start = Instant::now();
     let show = |news: &News| tell(screen, start, news, &who);
     let write = "PUT stock /reservations/42";
-    let pending = late.post(stage, "orders", "/orders/42").header("x-hold", "").header("x-next", write).spawn();
+    let pending = late
+        .post(&stage.services, stage.url("orders", "/orders/42"))
+        .header("x-hold", "")
+        .header("x-next", write)
+        .spawn();
     let came = |trace: String| move |news: &News| news.trace == trace && matches!(news.what, What::Came(..));
-    until(stage, show, came(late.trace.clone())).await?;
+    until(&mut stage.news, show, came(late.trace.clone())).await?;
     stage.sidecars.get_mut("orders").context("no sidecar")?.freeze()?;
     screen.event(
         start.elapsed(),
@@ -314,13 +204,13 @@ pub async fn stale(screen: &Screen, stage: &mut Stage) -> Result<Vec<String>> {
     );
     stage.services.go();
     let calls = |trace: String| move |news: &News| news.trace == trace && matches!(news.what, What::Calls(..));
-    until(stage, show, calls(late.trace.clone())).await?;
-    let second = next.post(stage, "payments", "/refunds/42").header("x-next", write).spawn();
+    until(&mut stage.news, show, calls(late.trace.clone())).await?;
+    let second = next.post(&stage.services, stage.url("payments", "/refunds/42")).header("x-next", write).spawn();
     let done = |trace: String| move |news: &News| news.trace == trace && matches!(news.what, What::Answered { .. });
-    let written = until(stage, show, done(next.trace.clone())).await?;
+    let written = until(&mut stage.news, show, done(next.trace.clone())).await?;
     stage.sidecars.get_mut("orders").context("no sidecar")?.thaw()?;
     screen.event(start.elapsed(), "orders", YELLOW, "goes on", "SIGCONT: the write of T1 is on its way");
-    let stopped = until(stage, show, done(late.trace.clone())).await?;
+    let stopped = until(&mut stage.news, show, done(late.trace.clone())).await?;
     let (second, first) = (second.answer().await?, pending.answer().await?);
     screen.event(start.elapsed(), "T2", GREEN, "completed", &second.status.to_string());
     screen.event(start.elapsed(), "T1", RED, "ended", &told(&first));

@@ -9,16 +9,13 @@ use anyhow::{Context, Result, bail};
 use interlock_testkit::{Client, Envoy, EnvoyConfig, Link, Upstream, tools};
 use tokio::sync::mpsc;
 
-use super::services::{News, Services};
+use crate::demo::services::{News, PATIENCE, Services};
 
 /// The services, and what each locks for its callers.
 pub const SERVICES: [&str; 4] = ["orders", "stock", "payments", "shipping"];
 
 /// The longest TTL in envoy/mesh: how long a lease outlives its holder, and how long a restarted authority grants nothing.
 pub const MAX_TTL: Duration = Duration::from_secs(10);
-
-/// Nothing of the demo takes longer.
-pub const PATIENCE: Duration = Duration::from_secs(45);
 
 /// Everything that runs. Dropping it ends all of it.
 pub struct Stage {
@@ -46,7 +43,7 @@ impl Stage {
         let nowhere = SocketAddr::from(([127, 0, 0, 1], 1));
         let to_authority = Link::to(nowhere).await?;
         let (sender, news) = mpsc::unbounded_channel();
-        let services = Services::new(sender);
+        let services = Services::new(sender, SERVICES.len());
         let (mut ways, mut apps, mut configs) = (BTreeMap::new(), Vec::new(), Vec::new());
         for name in SERVICES {
             ways.insert(name, Link::to(nowhere).await?);

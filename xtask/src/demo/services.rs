@@ -18,13 +18,12 @@ use interlock_testkit::upstream::{Recorded, Reply};
 use interlock_testkit::{Answer, Client};
 use tokio::sync::{Barrier, mpsc, watch};
 
-use super::stage::PATIENCE;
 use crate::chaos::gate::{Gate, Section};
 use crate::soak::answer;
 use crate::soak::ledger::Grant;
 
-/// How many requests meet.
-const MEET: usize = 4;
+/// Nothing of a demo takes longer.
+pub const PATIENCE: Duration = Duration::from_secs(45);
 /// Between two writes.
 const WRITE: Duration = Duration::from_millis(5);
 
@@ -60,13 +59,13 @@ pub struct Services {
 }
 
 impl Services {
-    /// Services that tell their news.
-    pub fn new(news: mpsc::UnboundedSender<News>) -> Arc<Self> {
+    /// Services that tell their news, and in which so many requests meet.
+    pub fn new(news: mpsc::UnboundedSender<News>, meet: usize) -> Arc<Self> {
         Arc::new(Services {
             gate: Mutex::default(),
             outbound: Mutex::default(),
             news,
-            meeting: Barrier::new(MEET),
+            meeting: Barrier::new(meet),
             go: watch::Sender::new(false),
             client: Client::http1_fresh(),
             epoch: Instant::now(),
