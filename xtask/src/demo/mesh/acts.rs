@@ -76,22 +76,28 @@ pub async fn cycle(screen: &Screen, stage: &mut Stage) -> Result<Vec<String>> {
     locks.sort_unstable();
     check(locks == ["account/ann", "order/42", "parcel/9", "stock/7"], "the cycle does not go through all four locks");
     check(took < SOON, "the deadlock was not refused at once");
-    // The victim has given back what it held: the others go on, and so does it when it tries again.
-    let mut served = 0;
-    for (transaction, pending) in all.iter().zip(pending) {
+    // A victim has given back what it held: the others go on, and so does it when it tries again. Two that close the cycle at
+    // the very same moment may both be refused.
+    let mut victims = Vec::new();
+    for ((transaction, place), pending) in all.iter().zip(&plan).zip(pending) {
         let answer = pending.answer().await?;
-        served += usize::from(answer.status == 200);
-        check(answer.status == 200 || slug(&answer) == "deadlock", "a transaction failed for another reason");
         let (colour, verb) = if answer.status == 200 { (GREEN, "completed") } else { (RED, "refused") };
         screen.event(start.elapsed(), &transaction.name, colour, verb, &told(&answer));
+        match answer.status {
+            200 => {}
+            _ if slug(&answer) == "deadlock" => victims.push((transaction, place)),
+            _ => check(false, "a transaction failed for another reason"),
+        }
     }
-    check(served == 3, "not three of the four completed at the first try");
-    let (again, (service, path, next)) =
-        all.iter().zip(&plan).find(|(t, _)| t.trace == victim).context("a victim that is nobody")?;
-    let answer = again.post(&stage.services, stage.url(service, path)).header("x-next", next).send().await?;
-    let text = format!("{} at the second try", answer.status);
-    screen.event(start.elapsed(), &again.name, GREEN, "completed", &text);
-    check(answer.status == 200, "the victim did not complete when it tried again");
+    check(victims.iter().any(|(t, _)| t.trace == victim), "who was refused by the authority was served all the same");
+    check(victims.len() <= 2, "more than two of the four had to try again");
+    for (again, (service, path, next)) in victims {
+        let ask = again.post(&stage.services, stage.url(service, path));
+        let answer = ask.header("x-next", next).send().await?;
+        let text = format!("{} at the second try", answer.status);
+        screen.event(start.elapsed(), &again.name, GREEN, "completed", &text);
+        check(answer.status == 200, "a victim did not complete when it tried again");
+    }
     Ok(failures)
 }
 
